@@ -1,0 +1,337 @@
+"""Fashion-MNIST in memory: find it, verify it, split it, and cut it into batches.
+
+    train, val, test = data.load("train", "val", "test")
+    for images, labels in data.batches(train, 128, seed=0, epoch=1): ...
+
+The data set is kept as uint8 tensors; a batch is gathered and normalised in three tensor operations.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+MEAN, STD = 0.5, 0.5  # of pixels scaled to [0, 1], as published
+
+# SHA-256 of the decompressed files: distributions recompress them, so sums of the .gz differ.
+PUBLISHED = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of images, of labels
+MAX_IMAGES = 1_000_000  # a header that claims more is not believed
+
+HERE = Path(__file__).resolve().parent
+FETCHED = HERE / "data"  # what a download leaves, in torchvision's layout
+SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # Debian and Ubuntu: dataset-fashion-mnist
+MIRRORS = (
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the one torchvision uses
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+)
+LAYOUTS = ("", "FashionMNIST/raw", "raw", "data/fashion", "fashion")  # below a data folder
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+
+SPLIT_SEED = 20170825  # of the validation split alone, never of a run: the day arXiv:1708.07747 appeared
+VALIDATION_SHARE = 12  # one training image in twelve of each class: 5,000 of 60,000
+
+
+class UserError(Exception):
+    """A user's mistake or a fault of their files: the scripts tell it in one line and exit with code 2."""
+
+
+class DataError(UserError):
+    """The data set is missing, damaged, or not what it should be."""
+
+
+class Split(NamedTuple):
+    """Images and labels of one split, in the order of the published files."""
+
+    name: str  # "train", "val", "train+val" or "test"
+    images: torch.Tensor  # uint8 (n, 28, 28), 0 is the black ground
+    labels: torch.Tensor  # int64 (n,), 0 to 9
+    source: str  # "Fashion-MNIST", or the name of the folder that brought its own SHA256SUMS
+
+    def to(self, device):
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+
+def load(*splits, data_dir=None):
+    """Find and verify the data set, and return the splits asked for.
+
+    "train" and "val" are the 55,000 and 5,000 images of the fixed stratified split of the training set,
+    "train+val" is all 60,000 of it, "test" is the published test set. Sources, in order: `data_dir` (or the
+    variable FMNIST_DIR), a copy fetched earlier, the system's package, then downloads.
+
+    Returns a list of Split. Raises DataError when no source has the data.
+    """
+    parts = {"t10k" if name == "test" else "train" for name in splits}
+    names = [name for name in PUBLISHED if name.split("-")[0] in parts]
+    files, source = _find(names, data_dir or os.environ.get("FMNIST_DIR"))
+    result = []
+    for split in splits:
+        part = "t10k" if split == "test" else "train"
+        images, labels = files[f"{part}-images-idx3-ubyte"], files[f"{part}-labels-idx1-ubyte"]
+        if split in ("train", "val"):
+            index = split_indices(labels)[split]
+            images, labels = images[index], labels[index]
+        result.append(Split(split, torch.tensor(images), torch.tensor(labels, dtype=torch.int64), source))
+    return result
+
+
+def split_indices(labels):
+    """Stratified indices of the training set's "train" and "val" images, the same for every run and machine.
+
+    labels: uint8 (n,). Returns a dict of sorted int64 arrays. RandomState, whose stream numpy froze for good
+    (NEP 19), draws one image in twelve of each class.
+    """
+    random = np.random.RandomState(SPLIT_SEED)
+    held_out = []
+    for label in range(len(CLASSES)):
+        members = random.permutation(np.flatnonzero(labels == label))
+        held_out.append(members[: len(members) // VALIDATION_SHARE])
+    val = np.sort(np.concatenate(held_out))
+    return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
+
+
+def derive_seed(*key):
+    """A 63-bit seed from (seed,), (seed, epoch) or (seed, epoch, step), epoch and step counted from 1.
+
+    Every random draw of a run is a function of its place in the run, so no generator's state lives across
+    steps. Counting from 1 keeps the three kinds apart, as SeedSequence pads its key with zeros.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def normalise(images):
+    """uint8 (n, 28, 28) -> float32 (n, 1, 28, 28) in [-1, 1], which is (pixel / 255 - MEAN) / STD."""
+    return images.unsqueeze(1).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
+
+
+def batches(split, batch_size, seed=None, epoch=None):
+    """Yield (images float32 (b, 1, 28, 28), labels int64 (b,)) on the split's device, each image once.
+
+    With a seed, in the order of the permutation of (seed, epoch); without, in the order of the files.
+    """
+    n, device = len(split.labels), split.labels.device
+    if seed is None:
+        order = torch.arange(n, device=device)
+    else:  # drawn on the CPU, so that every device sees the same order
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+        order = torch.randperm(n, generator=generator).to(device)
+    for index in order.split(batch_size):
+        yield normalise(split.images[index]), split.labels[index]
+
+
+def _find(names, data_dir):
+    """Arrays of the files `names` from the first source that has them all, and that source's name."""
+    local = [(Path(data_dir).expanduser(), "given folder")] if data_dir else []
+    local += [(FETCHED, "fetched copy"), (SYSTEM, "system copy")]
+    for folder, label in local:
+        own = label == "given folder" and _own_sums(folder)
+        if label != "given folder" and not any(_candidates(folder, name) for name in names):
+            continue  # a usual place that is empty is not worth a line
+        try:
+            files = {name: _read(folder, name, own or PUBLISHED) for name in names}
+            arrays = _parse(files)
+        except (DataError, OSError) as error:
+            if own:  # a set of its own: no other source can stand in for it
+                raise DataError(f"{folder} (with its own SHA256SUMS): {error}") from None
+            _report(f"{label} {folder} not used: {error}")
+            continue
+        if own:
+            print(f"data: {label} {folder}, verified by its own SHA256SUMS: not the published set", flush=True)
+            return arrays, folder.resolve().name
+        print(f"data: {label} {folder} (SHA-256 verified)", flush=True)
+        return arrays, "Fashion-MNIST"
+    return _fetch(names), "Fashion-MNIST"
+
+
+def _fetch(names):
+    """Download all four files into FETCHED, once, whatever else runs; return the arrays of `names`."""
+    from filelock import FileLock
+
+    FETCHED.mkdir(exist_ok=True)
+    with _wait_for(FileLock(FETCHED / "fetch.lock")):
+        with contextlib.suppress(DataError):  # the process we waited for may have fetched it
+            files = {name: _read(FETCHED, name, PUBLISHED) for name in names}
+            print(f"data: fetched copy {FETCHED} (SHA-256 verified)", flush=True)
+            return _parse(files)
+        for left_behind in FETCHED.glob("fetching-*"):  # by a process that was killed; we hold the lock
+            shutil.rmtree(left_behind, ignore_errors=True)
+        for source, fetch in [*((url, _download) for url in MIRRORS), ("Debian package", _fetch_debian)]:
+            print(f"data: fetching 30 MB from {source}", flush=True)
+            try:
+                with tempfile.TemporaryDirectory(prefix="fetching-", dir=FETCHED) as temporary:
+                    folder = fetch(source, Path(temporary))
+                    files = {name: _read(folder, name, PUBLISHED) for name in PUBLISHED}
+                    raw = FETCHED / "FashionMNIST" / "raw"
+                    raw.mkdir(parents=True, exist_ok=True)
+                    for name, content in files.items():
+                        part = Path(temporary, name + ".verified")
+                        part.write_bytes(content)
+                        part.replace(raw / name)
+            except (DataError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+                _report(f"{source} failed: {_one_line(error)}")
+                continue
+            print(f"data: fetched copy {FETCHED}, from {source} (SHA-256 verified)", flush=True)
+            return _parse({name: files[name] for name in names})
+    raise DataError(
+        "no source had the data set; put the four files train-/t10k-images-idx3-ubyte.gz and "
+        "-labels-idx1-ubyte.gz of github.com/zalandoresearch/fashion-mnist into a folder and pass --data-dir FOLDER"
+    )
+
+
+def _wait_for(lock):
+    from filelock import Timeout
+
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        _report("waiting for another process that is fetching the data")
+        return lock.acquire()
+
+
+def _download(mirror, folder):
+    from torchvision.datasets.utils import download_url  # seconds to import, so only here
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+    try:
+        for name in PUBLISHED:
+            download_url(f"{mirror}{name}.gz", folder)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return folder
+
+
+def _fetch_debian(_, folder):
+    """Debian's package through apt-get with its state and cache in a private folder, which needs no root."""
+    from tqdm import tqdm
+
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise DataError("no apt-get and dpkg-deb here: not Debian or Ubuntu")
+    for sub in ("state/lists/partial", "cache/archives/partial"):
+        Path(folder, sub).mkdir(parents=True)
+    options = [f"Dir::State={folder}/state", f"Dir::Cache={folder}/cache", "APT::Status-Fd=1"]
+    options += ["Dir::State::status=/var/lib/dpkg/status", "Acquire::Languages=none", "Acquire::Retries=2"]
+    apt = ["apt-get", *(word for option in options for word in ("-o", option))]
+    for arguments in (["update"], ["download", "dataset-fashion-mnist"]):
+        with (
+            open(folder / "errors", "w+") as errors,
+            subprocess.Popen([*apt, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder) as run,
+            tqdm(total=100, desc=f"apt-get {arguments[0]}", bar_format="{desc} {percentage:3.0f} % |{bar}|") as bar,
+        ):
+            for line in run.stdout:  # apt-get tells its progress as dlstatus:<file>:<percent>:<text>
+                if line.startswith("dlstatus:"):
+                    bar.update(float(line.split(":")[2]) - bar.n)
+            if run.wait():
+                errors.seek(0)
+                raise DataError(f"apt-get {arguments[0]}: {_one_line(errors.read()) or 'failed'}")
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True)
+    return folder / SYSTEM.relative_to("/")
+
+
+def _candidates(folder, name):
+    """Existing files below `folder` that may hold `name`, raw before .gz, in the usual layouts."""
+    paths = [Path(folder, layout, name + suffix) for layout in LAYOUTS for suffix in ("", ".gz")]
+    return [path for path in paths if path.is_file()]
+
+
+def _read(folder, name, sums):
+    """Verified decompressed bytes of the IDX file `name`; a damaged copy is told and the next one tried."""
+    if not Path(folder).is_dir():
+        raise DataError("no such folder")
+    problems = []
+    for path in _candidates(folder, name):
+        try:
+            content = _read_idx(path, LABELS_MAGIC if "labels" in name else IMAGES_MAGIC)
+        except (OSError, EOFError, zlib.error) as error:
+            problems.append(f"{path.name} cannot be read: {_one_line(error)}")
+            continue
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        digest = hashlib.sha256(content).hexdigest()
+        if digest == sums.get(name):
+            for problem in problems:
+                _report(f"{problem}; used {path.name} beside it")
+            return content
+        known = {value: key for key, value in sums.items()}
+        if digest in known:
+            problems.append(f"{path.name} holds the content of {known[digest]}: swapped")
+        else:
+            problems.append(f"{path.name} is altered: its SHA-256 is {digest[:12]}…, not {sums.get(name, '?')[:12]}…")
+    raise DataError("; ".join(problems) or f"{name}(.gz) is missing")
+
+
+def _read_idx(path, magic):
+    """Decompressed bytes of an IDX file, no more than its own header announces (a gzip bomb stays small)."""
+    kind = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
+    words = 4 if magic == IMAGES_MAGIC else 2  # magic, count, and for images rows and columns
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        header = file.read(4 * words)
+        if len(header) < 4 * words:
+            raise DataError(f"{path.name} is truncated: it ends within its header")
+        found, count, *size = struct.unpack(f">{words}I", header)
+        if found != magic:
+            raise DataError(f"{path.name} is not an IDX file of {kind[magic]} (it begins with {found}, not {magic})")
+        if count > MAX_IMAGES or size not in ([28, 28], []):
+            pixels = f" of {size[0]}x{size[1]} pixels" if size else ""
+            raise DataError(f"{path.name} announces {count:,} {kind[magic]}{pixels}: not Fashion-MNIST")
+        expected = count * 784 if magic == IMAGES_MAGIC else count
+        payload = file.read(expected + 1)
+    if len(payload) < expected:
+        raise DataError(f"{path.name} is truncated: {len(payload):,} of {expected:,} bytes")
+    if len(payload) > expected:
+        raise DataError(f"{path.name} is longer than its header announces")
+    return header + payload
+
+
+def _parse(files):
+    """IDX bytes by name -> uint8 arrays by name, (n, 28, 28) or (n,), checked to belong together."""
+    arrays = {}
+    for name, content in files.items():
+        if "images" in name:
+            arrays[name] = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
+        else:
+            arrays[name] = np.frombuffer(content, np.uint8, offset=8)
+    for part in {name.split("-")[0] for name in files}:
+        images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]
+        if len(images) != len(labels) or not len(labels) or labels.max() >= len(CLASSES):
+            raise DataError(f"{part}: {len(images):,} images, {len(labels):,} labels up to {max(labels, default=0)}")
+    return arrays
+
+
+def _own_sums(folder):
+    """SHA-256 by file name from a folder's own SHA256SUMS (as `sha256sum` writes it), or None."""
+    path = Path(folder, "SHA256SUMS")
+    if not path.is_file():
+        return None
+    lines = [line.split() for line in path.read_text(errors="replace").splitlines()]
+    return {words[1].lstrip("*"): words[0].lower() for words in lines if len(words) == 2}
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
+
+
+def _report(message):
+    print(f"data: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""The record of a run: its best epoch's checkpoint and, beside it, a JSON history of all its epochs.
+
+Both are written after every epoch, whole or not at all, so a run that is cut off leaves what it had.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+
+
+class Record:
+    """Keeps the best epoch of one run at `path`, and an earlier run's checkpoint there under another name.
+
+    best_weights is the state_dict of the best epoch so far, kept is where an earlier checkpoint went.
+    """
+
+    def __init__(self, path, *, model, seed, flags, data, train_images, select_images, device):
+        self.path = Path(path)
+        self.best_weights = self.kept = None
+        self._started = time.perf_counter()
+        self.history = {
+            "model": model,
+            "status": "running",  # then "finished", "interrupted" or "diverged"
+            "seed": seed,
+            "flags": flags,
+            "data": data,
+            "train_images": train_images,
+            "select_images": select_images,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "versions": checkpoint.versions(),
+            "git": checkpoint.git_revision(),
+            "checkpoint": self.path.name,
+            "checkpoint_sha256": None,  # of the file; tells whether the two still belong together
+            "best_epoch": None,
+            "epochs": [],
+            "training_seconds": 0.0,
+            "test": None,
+        }
+
+    @property
+    def best_epoch(self):
+        """The best epoch's row, or None before the first epoch has ended."""
+        number = self.history["best_epoch"]
+        return number and self.history["epochs"][number - 1]
+
+    def add_epoch(self, model, row):
+        """Take in a row of engine.fit; save the model if it is the best so far, of equals the earlier one.
+
+        Returns whether it is.
+        """
+        self.history["epochs"].append(row)
+        self.history["training_seconds"] = time.perf_counter() - self._started
+        is_best = not self.best_epoch or row["select_accuracy"] > self.best_epoch["select_accuracy"]
+        if is_best:
+            if not self.best_epoch:
+                self.kept = keep_aside(self.path)
+            self.best_weights = {key: value.clone() for key, value in model.state_dict().items()}
+            self.history["checkpoint_sha256"] = checkpoint.save(
+                self.path,
+                model,
+                name=self.history["model"],
+                epoch=row["epoch"],
+                metrics={key: value for key, value in row.items() if key.endswith(("loss", "accuracy"))},
+                flags=self.history["flags"],
+                seed=self.history["seed"],
+                data=self.history["data"],
+            )
+            self.history["best_epoch"] = row["epoch"]
+        self._write()
+        return is_best
+
+    def end(self, status, test=None):
+        """Close the record. A checkpoint kept aside that turns out to be the same to the bit is not kept twice."""
+        self.history |= {"status": status, "test": test}
+        if self.best_epoch:
+            self._write()
+        if self.kept and self.kept.exists() and self.kept.read_bytes() == self.path.read_bytes():
+            self.kept.unlink()
+            history_path(self.kept).unlink(missing_ok=True)
+            self.kept = None
+
+    def _write(self):
+        checkpoint.write_json(history_path(self.path), self.history)
+
+
+def history_path(path):
+    """The JSON history of the run that wrote the checkpoint: beside it, of the same stem."""
+    return Path(path).with_suffix(".json")
+
+
+def keep_aside(path):
+    """Rename a checkpoint and its history, where there are any, to a name that holds the first digits of the SHA-256.
+
+    The name depends on the content alone: however often a run is repeated, a checkpoint is kept once.
+    Returns the new path of the checkpoint, or None when there was nothing to keep.
+    """
+    path = Path(path)
+    present = [old for old in (path, history_path(path)) if old.exists()]
+    if not present:
+        return None
+    digest = hashlib.sha256(present[0].read_bytes()).hexdigest()[:8]
+    for old in present:
+        os.replace(old, old.with_suffix(f".{digest}{old.suffix}"))
+    return path.with_suffix(f".{digest}{path.suffix}")
