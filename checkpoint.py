@@ -141,7 +141,7 @@ def _unpickle(path):
     except (CheckpointError, PermissionError, MemoryError):
         raise
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL " in str(error):  # the pickle asks for a function or class by name
             raise CheckpointError(f"{path}: holds Python objects, not only weights: refused, nothing was run") from None
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
 

@@ -56,6 +56,14 @@ def positive_number(text):
     return value
 
 
+def json_file(text):
+    """An argparse type: a path to write, ending in .json so that no checkpoint is replaced by a slip."""
+    path = Path(text)
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a .json file in a folder that exists")
+    return path
+
+
 def shown(path):
     """A path as a user would type it here: relative below the working directory."""
     path = Path(path)

@@ -4,6 +4,7 @@ Both are written after every epoch, whole or not at all, so a run that is cut of
 """
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -76,14 +77,18 @@ class Record:
         return is_best
 
     def end(self, status, test=None):
-        """Close the record. A checkpoint kept aside that turns out to be the same to the bit is not kept twice."""
+        """Close the record. A checkpoint kept aside that turns out to be the same to the bit is not kept twice.
+
+        Returns whether that was so.
+        """
         self.history |= {"status": status, "test": test}
         if self.best_epoch:
             self._write()
         if self.kept and self.kept.exists() and self.kept.read_bytes() == self.path.read_bytes():
             self.kept.unlink()
             history_path(self.kept).unlink(missing_ok=True)
-            self.kept = None
+            return True
+        return False
 
     def _write(self):
         checkpoint.write_json(history_path(self.path), self.history)
@@ -108,3 +113,15 @@ def keep_aside(path):
     for old in present:
         os.replace(old, old.with_suffix(f".{digest}{old.suffix}"))
     return path.with_suffix(f".{digest}{path.suffix}")
+
+
+def history_of(path):
+    """The history of the run that wrote this very checkpoint, or None: a file of another run does not count."""
+    path = Path(path)
+    try:
+        history = json.loads(history_path(path).read_text())
+        if history["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
+            return history
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None

@@ -109,7 +109,7 @@ def main(argv=None):
         total=epochs * len(train.labels),
         disable=None,  # where stderr is no terminal
         dynamic_ncols=True,
-        bar_format="{desc} |{bar}| {percentage:3.0f} %  {rate_fmt}  ETA {remaining}",
+        bar_format="{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA {remaining}",
         unit=" images",
         unit_scale=True,
     )
@@ -147,7 +147,9 @@ def main(argv=None):
         loss, accuracy = engine.loss_and_accuracy(logits, test.labels.cpu())
         interval = engine.wilson_interval(round(accuracy * len(logits)), len(logits))
         status = "finished"
-        record.end(status, {"n": len(logits), "accuracy": accuracy, "accuracy_ci95": interval, "loss": loss})
+        unchanged = record.end(
+            status, {"n": len(logits), "accuracy": accuracy, "accuracy_ci95": interval, "loss": loss}
+        )
     except KeyboardInterrupt:
         status = "interrupted"
     finally:
@@ -172,8 +174,10 @@ def main(argv=None):
             file=sys.stderr,
         )
         return 130
+    if unchanged:
+        print("it is the same to the bit as the earlier one, which is therefore not kept twice")
     print(
-        f"test accuracy {accuracy:.2%}, 95 % interval {interval[0]:.2%} to {interval[1]:.2%}, n = {len(logits):,}; "
+        f"test accuracy {accuracy:.2%}, 95% interval {interval[0]:.2%} to {interval[1]:.2%}, n = {len(logits):,}; "
         + (
             "measured once, after training"
             if args.select == "val"

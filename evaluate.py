@@ -1,0 +1,152 @@
+"""Measure checkpoints on the test set: accuracy with its interval, calibration, every class, and pairs compared.
+
+python evaluate.py                                  # checkpoints/best_cnn_fmnist.pt
+python evaluate.py A.pt B.pt --json comparison.json # side by side, with McNemar's exact test
+"""
+
+import hashlib
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.Parser("Evaluate checkpoints on Fashion-MNIST.")
+    parser.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="*",
+        type=Path,
+        default=[cli.DEFAULT_CHECKPOINT],
+        help="one, or several to compare (default: checkpoints/best_cnn_fmnist.pt)",
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), default="test", help="images to measure on (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE.json", type=cli.json_file, help="write everything measured there")
+    cli.add_common(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import checkpoint
+    import data
+    import engine
+    from record import history_path
+
+    if args.json and args.json.resolve() in [history_path(path).resolve() for path in args.checkpoints]:
+        raise data.UserError(f"--json {args.json} would replace the history of a run; choose another name")
+    device = engine.pick_device(args.device)
+    loaded = [(path, *checkpoint.load(path)) for path in args.checkpoints]
+    (split,) = data.load(args.split, data_dir=args.data_dir)
+    results, correct = [], []
+    for path, model, info in loaded:
+        logits = engine.predict_logits(model.to(device), split.to(device))
+        correct.append((logits.argmax(1) == split.labels).numpy())
+        results.append(
+            {
+                "checkpoint": cli.shown(path),
+                "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "model": info["model"],
+                "split": args.split,
+                "data": split.source,
+                **engine.metrics(logits, split.labels),
+                "caution": caution(info, split),
+                "training": {key: info.get(key) for key in ("data", "epoch", "seed", "flags", "versions", "git")},
+            }
+        )
+    if len(results) == 1:
+        content = results[0]
+        print_one(content, engine.ECE_BINS)
+    else:
+        pairs = [
+            {"a": results[i]["checkpoint"], "b": results[j]["checkpoint"], **engine.mcnemar(correct[i], correct[j])}
+            for i, j in combinations(range(len(results)), 2)
+        ]
+        content = {"checkpoints": results, "means": spread(results), "mcnemar": pairs}
+        print_several(content)
+    if args.json:
+        checkpoint.write_json(args.json, content)
+        print(f"\nwritten to {cli.shown(args.json)}")
+    return 0
+
+
+def caution(info, split):
+    """What keeps this split from being new to the checkpoint, as a sentence, or None."""
+    if "flags" not in info:
+        return "how it was trained is not known, nor whether these images played a part"
+    if info["data"] != split.source:
+        return f"trained on {info['data']}, measured on {split.source}"
+    select = info["flags"].get("select")
+    if split.name == "train" or (split.name == "val" and select == "test"):
+        return "trained on these very images"
+    if split.name == select:
+        return "its best epoch was chosen on these very images, which flatters it"
+    return None
+
+
+def spread(results):
+    """Mean and standard deviation (n - 1) of the accuracy over the checkpoints of each model and way of selection."""
+    groups = {}
+    for result in results:
+        select = (result["training"]["flags"] or {}).get("select")
+        groups.setdefault((result["model"], select), []).append(result["accuracy"])
+    return [
+        {
+            "model": model,
+            "select": select,
+            "n": len(values),
+            "mean_accuracy": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1)),
+        }
+        for (model, select), values in groups.items()
+        if len(values) > 1
+    ]
+
+
+def print_one(result, bins):
+    training = result["training"]
+    told = [f"seed {training['seed']}, epoch {training['epoch']}"] if training["epoch"] else []
+    low, high = result["accuracy_ci95"]
+    print(f"\n{', '.join([result['checkpoint'] + ': ' + result['model'], *told])}")
+    print(f"{result['split']} split of {result['data']}, n = {result['n']:,}")
+    print(f"  accuracy                    {result['accuracy']:.2%}  (95% interval {low:.2%} to {high:.2%})")
+    print(f"  log loss                    {result['log_loss']:.4f} nats")
+    print(f"  expected calibration error  {result['ece']:.4f}  ({bins} bins)")
+    if result["caution"]:
+        print(f"  caution: {result['caution']}")
+    print(f"\n{'class':<12} {'precision':>9} {'recall':>7} {'F1':>7} {'images':>7}")
+    for name, row in result["per_class"].items():
+        print(f"{name:<12} {row['precision']:>9.1%} {row['recall']:>7.1%} {row['f1']:>7.1%} {row['support']:>7,}")
+
+
+def print_several(content):
+    results = content["checkpoints"]
+    width = max(len(result["checkpoint"]) for result in results)
+    print(f"\n{results[0]['split']} split of {results[0]['data']}, n = {results[0]['n']:,}\n")
+    print(f"    {'checkpoint':<{width}}  model  accuracy    95% interval   log loss     ECE")
+    for number, result in enumerate(results, 1):
+        low, high = result["accuracy_ci95"]
+        print(
+            f"{number:>2}  {result['checkpoint']:<{width}}  {result['model']:<5}  {result['accuracy']:>8.2%}  "
+            f"{low:.2%} to {high:.2%}  {result['log_loss']:>8.4f}  {result['ece']:.4f}"
+        )
+    for number, result in enumerate(results, 1):
+        if result["caution"]:
+            print(f"caution, {number}: {result['caution']}")
+    for group in content["means"]:
+        print(
+            f"\n{group['model']}, selected on {group['select']}: mean {group['mean_accuracy']:.2%}, "
+            f"standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
+        )
+    print("\nMcNemar's exact test: images that only one of the two gets right")
+    for (a, b), pair in zip(combinations(range(1, len(results) + 1), 2), content["mcnemar"], strict=True):
+        print(f"{a:>2} against {b:>2}: {pair['only_a']:>5,} to {pair['only_b']:>5,}   p = {pair['p_value']:.2g}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

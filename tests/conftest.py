@@ -1,0 +1,65 @@
+"""What the tests share: the real sample, the scripts as a user runs them, and checkpoints they trained."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "tests" / "sample"
+
+
+def run_script(name, *arguments, **options):
+    """Run a script of the repository from its folder; returns the finished process with its text output."""
+    command = [sys.executable, ROOT / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def assert_one_line_error(finished, *parts):
+    """A user's mistake: exit code 2, one line on stderr that says all the parts, no traceback."""
+    errors = [line for line in finished.stderr.splitlines() if not line.startswith(("data:", "checkpoint:"))]
+    assert finished.returncode == 2, finished.stderr
+    assert len(errors) == 1, finished.stderr
+    assert "Traceback" not in finished.stdout + finished.stderr
+    for part in parts:
+        assert re.search(part, errors[0]), errors[0]
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """The sample's splits by name: real images, 920 train, 80 val, 500 test."""
+    names = ("train", "val", "train+val", "test")
+    return dict(zip(names, data.load(*names, data_dir=SAMPLE), strict=True))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with what `train.py` wrote for both models on the sample, and what it said."""
+    folder = tmp_path_factory.mktemp("trained")
+    said = {}
+    for model in ("mlp", "cnn"):
+        finished = run_script(
+            "train.py", "--model", model, "--epochs", 3, "--batch-size", 32, "--data-dir", SAMPLE,
+            "--checkpoint-dir", folder,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        said[model] = finished.stdout
+    return folder, said
+
+
+@pytest.fixture
+def sample_as_published(monkeypatch, tmp_path):
+    """Makes data.py take the sample for the published set, and puts its usual places into an empty folder."""
+    lines = (line.split() for line in (SAMPLE / "SHA256SUMS").read_text().splitlines())
+    monkeypatch.setattr(data, "PUBLISHED", {name: digest for digest, name in lines})
+    monkeypatch.setattr(data, "FETCHED", tmp_path / "fetched")
+    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(data, "MIRRORS", ())
+    monkeypatch.delenv("FMNIST_DIR", raising=False)
+    os.environ.pop("FMNIST_DIR", None)
+    return tmp_path

@@ -1,0 +1,359 @@
+"""data.py: finding, verifying, fetching, splitting and batching, on the real sample."""
+
+import gzip
+import hashlib
+import http.server
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from torchvision import transforms
+
+import data
+
+FILES = tuple(data.PUBLISHED)
+
+
+def copy_sample(folder, raw=False):
+    """The sample's four files in `folder`, without its SHA256SUMS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if raw:
+            (folder / name).write_bytes(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()))
+        else:
+            shutil.copy(SAMPLE / f"{name}.gz", folder)
+    return folder
+
+
+# --- finding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("layout", ["", "FashionMNIST/raw", "raw", "data/fashion", "fashion"])
+def test_every_usual_layout_is_found(sample_as_published, sample, capsys, layout, raw):
+    copy_sample(sample_as_published / "given" / layout, raw)
+    (test,) = data.load("test", data_dir=sample_as_published / "given")
+    assert torch.equal(test.images, sample["test"].images)
+    assert test.source == "Fashion-MNIST"
+    assert f"given folder {sample_as_published / 'given'} (SHA-256 verified)" in capsys.readouterr().out
+
+
+def test_sources_are_tried_in_order(sample_as_published, capsys, monkeypatch):
+    used = []
+    for name in ("system", "fetched", "variable", "given"):
+        copy_sample(sample_as_published / name)
+        if name == "variable":
+            monkeypatch.setenv("FMNIST_DIR", str(sample_as_published / name))
+        data.load("test", data_dir=sample_as_published / name if name == "given" else None)
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1  # one line tells which
+        used.append(Path(out.split()[3]).name)
+    assert used == ["system", "fetched", "variable", "given"]
+
+
+def test_evaluating_the_test_set_needs_only_its_two_files(sample_as_published):
+    copy_sample(sample_as_published / "system")
+    for name in FILES:
+        if name.startswith("train"):
+            (sample_as_published / "system" / f"{name}.gz").unlink()
+    assert len(data.load("test")[0].labels) == 500
+
+
+# --- verifying -------------------------------------------------------------------------------------------
+
+
+def truncate(folder):
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def truncate_raw(folder):
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    (folder / "t10k-images-idx3-ubyte").write_bytes(gzip.decompress(path.read_bytes())[:-1])
+    path.unlink()
+
+
+def alter(folder):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[100] ^= 1
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def swap_parts(folder):
+    shutil.copy(folder / "train-images-idx3-ubyte.gz", folder / "t10k-images-idx3-ubyte.gz")
+
+
+def swap_kinds(folder):
+    shutil.copy(folder / "t10k-labels-idx1-ubyte.gz", folder / "t10k-images-idx3-ubyte.gz")
+
+
+def lengthen(folder):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\0"))
+
+
+def claim_billions(folder):
+    content = struct.pack(">4I", data.IMAGES_MAGIC, 4_000_000_000, 28, 28)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+
+
+def no_gzip(folder):
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"<html>404 Not Found</html>")
+
+
+def empty(folder):
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"")
+
+
+def missing(folder):
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+
+
+DAMAGES = {
+    truncate: "t10k-images-idx3-ubyte.gz cannot be read: .*end",
+    truncate_raw: "t10k-images-idx3-ubyte is truncated: 391,999 of 392,000 bytes",
+    alter: "t10k-labels-idx1-ubyte.gz is altered",
+    swap_parts: "t10k-images-idx3-ubyte.gz holds the content of train-images-idx3-ubyte: swapped",
+    swap_kinds: "t10k-images-idx3-ubyte.gz is not an IDX file of images",
+    lengthen: "t10k-labels-idx1-ubyte.gz is longer than its header announces",
+    claim_billions: "t10k-images-idx3-ubyte.gz announces 4,000,000,000 images",
+    no_gzip: "t10k-images-idx3-ubyte.gz cannot be read: Not a gzipped file",
+    empty: "t10k-images-idx3-ubyte.gz is truncated",
+    missing: r"t10k-labels-idx1-ubyte\(.gz\) is missing",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_file_is_named_and_never_used(sample_as_published, sample, capsys, damage):
+    damage(copy_sample(sample_as_published / "given"))
+    copy_sample(sample_as_published / "system")
+    (test,) = data.load("test", data_dir=sample_as_published / "given")
+    captured = capsys.readouterr()
+    assert re.search(f"given folder .* not used: .*{DAMAGES[damage]}", captured.err), captured.err
+    assert captured.err.count("\n") == 1
+    assert "system copy" in captured.out
+    assert torch.equal(test.images, sample["test"].images)
+    assert torch.equal(test.labels, sample["test"].labels)
+
+
+def test_a_good_copy_beside_a_damaged_one_is_used_and_told(sample_as_published, capsys):
+    folder = copy_sample(sample_as_published / "given", raw=True)
+    copy_sample(folder)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(b"rubbish")
+    data.load("test", data_dir=folder)
+    assert "used t10k-images-idx3-ubyte.gz beside it" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_told(sample_as_published, capsys):
+    copy_sample(sample_as_published / "system")
+    data.load("test", data_dir="/no/such/folder")
+    assert "given folder /no/such/folder not used: no such folder" in capsys.readouterr().err
+
+
+def test_a_set_with_its_own_sums_is_verified_too_and_has_no_substitute(sample_as_published, capsys):
+    copy_sample(sample_as_published / "system")
+    folder = copy_sample(sample_as_published / "own")
+    shutil.copy(SAMPLE / "SHA256SUMS", folder)
+    assert data.load("test", data_dir=folder)[0].source == "own"
+    assert "not the published set" in capsys.readouterr().out
+    alter(folder)
+    with pytest.raises(data.DataError, match=r"t10k-labels-idx1-ubyte\.gz is altered"):
+        data.load("test", data_dir=folder)
+
+
+# --- fetching --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mirror():
+    """A real HTTP server on loopback that serves a folder, slowly enough for two processes to meet."""
+    counts = {}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            self.directory = str(self.server.folder)
+            return super().translate_path(path)
+
+        def do_GET(self):
+            counts[Path(self.path).name] = counts.get(Path(self.path).name, 0) + 1
+            time.sleep(self.server.delay)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.folder, server.delay, server.counts = SAMPLE, 0, counts
+    server.url = f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_is_verified_stored_for_torchvision_and_found_again(
+    sample_as_published, sample, mirror, monkeypatch, capfd
+):
+    nothing = "http://127.0.0.1:9/"  # the discard port: nobody answers
+    monkeypatch.setattr(data, "MIRRORS", (nothing, mirror.url))
+    train, test = data.load("train+val", "test")
+    assert torch.equal(train.images, sample["train+val"].images)
+    captured = capfd.readouterr()
+    assert captured.err.count(f"{nothing} failed: ") == 1
+    assert "100%" in captured.err  # of the progress bar
+    raw = data.FETCHED / "FashionMNIST" / "raw"
+    assert sorted(path.name for path in raw.iterdir()) == sorted(FILES)
+    assert not list(data.FETCHED.glob("fetching-*"))
+    monkeypatch.setattr(data, "MIRRORS", ())
+    assert torch.equal(data.load("test")[0].images, test.images)
+
+
+def test_an_altered_download_is_refused_and_the_next_source_tried(
+    sample_as_published, mirror, monkeypatch, capfd, tmp_path
+):
+    mirror.folder = copy_sample(tmp_path / "altered")
+    alter(mirror.folder)
+    monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+    monkeypatch.setenv("PATH", "")  # no apt-get either
+    with pytest.raises(data.DataError, match=r"--data-dir FOLDER"):
+        data.load("test")
+    err = capfd.readouterr().err
+    assert "failed: t10k-labels-idx1-ubyte.gz is altered" in err
+    assert "Debian package failed: no apt-get" in err
+    assert not list(data.FETCHED.rglob("*ubyte*"))
+
+
+def start_fetching(folder, url):
+    sums = {line.split()[1]: line.split()[0] for line in (SAMPLE / "SHA256SUMS").read_text().splitlines()}
+    code = (
+        "import data; from pathlib import Path; "
+        f"data.PUBLISHED = {sums!r}; data.FETCHED = Path({str(folder)!r}); data.SYSTEM = Path('/none'); "
+        f"data.MIRRORS = ({url!r},); data.load('train', 'test')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
+    mirror.delay = 0.4
+    both = [start_fetching(tmp_path / "fetched", mirror.url) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(("fetching 30 MB" in text, "waiting for another process" in text) for text in said) == [
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_a_fetch_that_was_killed_leaves_nothing_that_is_used_or_stays(mirror, tmp_path):
+    mirror.delay = 1
+    first = start_fetching(tmp_path / "fetched", mirror.url)
+    while len(mirror.counts) < 2 and first.poll() is None:  # until in the middle of the second file
+        time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    assert list((tmp_path / "fetched").glob("fetching-*"))
+    mirror.delay = 0
+    second = start_fetching(tmp_path / "fetched", mirror.url)
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, said
+    assert not list((tmp_path / "fetched").glob("fetching-*"))
+
+
+@pytest.mark.skipif(not (shutil.which("apt-get") and shutil.which("dpkg-deb")), reason="not Debian or Ubuntu")
+def test_the_debian_package_is_fetched_by_the_real_apt(sample_as_published, sample, monkeypatch, capfd):
+    repository = sample_as_published / "repository"
+    copy_sample(repository / "tree" / "usr/share/datasets/fashion-mnist")
+    control = "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\nMaintainer: tests <tests@localhost>\n"
+    (repository / "tree/DEBIAN").mkdir()
+    (repository / "tree/DEBIAN/control").write_text(control + "Description: the tests' sample\n")
+    package = repository / "dataset-fashion-mnist.deb"
+    subprocess.run(["dpkg-deb", "--build", repository / "tree", package], check=True, capture_output=True)
+    content = package.read_bytes()
+    (repository / "Packages").write_text(
+        f"{control}Filename: ./{package.name}\nSize: {len(content)}\nSHA256: {hashlib.sha256(content).hexdigest()}\n"
+    )
+    (repository / "sources.list").write_text(f"deb [trusted=yes] copy:{repository} ./\n")
+    (repository / "apt.conf").write_text(
+        f'Dir::Etc::sourcelist "{repository}/sources.list";\nDir::Etc::sourceparts "-";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(repository / "apt.conf"))
+    files = data._fetch(FILES)
+    assert np.array_equal(files["t10k-images-idx3-ubyte"], sample["test"].images.numpy())
+    captured = capfd.readouterr()
+    assert "from Debian package (SHA-256 verified)" in captured.out
+    assert "apt-get download 100%" in captured.err
+    assert not list(data.FETCHED.glob("fetching-*"))
+
+
+def test_a_script_tells_missing_data_in_one_line(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text("")
+    finished = run_script("train.py", "--model", "mlp", "--data-dir", tmp_path, "--checkpoint-dir", tmp_path / "new")
+    assert_one_line_error(finished, "train-images-idx3-ubyte.* is missing")
+    assert not list((tmp_path / "new").iterdir())
+
+
+# --- splitting and batching ------------------------------------------------------------------------------
+
+
+def test_the_split_is_stratified_disjoint_and_fixed_for_good(sample):
+    labels = np.repeat(np.arange(10), 6000).astype(np.uint8)
+    split = data.split_indices(labels)
+    assert np.bincount(labels[split["val"]]).tolist() == [500] * 10
+    assert np.array_equal(np.sort(np.concatenate([split["train"], split["val"]])), np.arange(60_000))
+    digest = hashlib.sha256(split["val"].astype("<i8").tobytes()).hexdigest()
+    assert digest == "ea44cd983f8f5124110d48216441a7e8294608635f2a34c2de1379cacaa9497f"
+    assert len(sample["train"].labels) + len(sample["val"].labels) == len(sample["train+val"].labels) == 1000
+
+
+def test_an_epoch_sees_each_image_once_in_an_order_of_seed_and_epoch_alone(sample):
+    def epoch(seed, number):
+        return torch.cat([images for images, _ in data.batches(sample["train"], 100, seed, number)])
+
+    first = epoch(0, 1)
+    assert torch.equal(first, epoch(0, 1))
+    assert not torch.equal(first, epoch(0, 2))
+    assert not torch.equal(first, epoch(1, 1))
+
+    def in_any_order(images):
+        return sorted(images.flatten(1).double().mul(torch.arange(784)).sum(1).tolist())
+
+    unshuffled = torch.cat([images for images, _ in data.batches(sample["train"], 100)])
+    assert in_any_order(first) == in_any_order(unshuffled)
+
+
+def test_labels_stay_with_their_images(sample):
+    split = sample["train"]
+    label_of = {
+        image.numpy().tobytes(): label for image, label in zip(split.images, split.labels.tolist(), strict=True)
+    }
+    for images, labels in data.batches(split, 64, seed=3, epoch=2):
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8).squeeze(1)
+        assert [label_of[image.numpy().tobytes()] for image in pixels] == labels.tolist()
+
+
+def test_normalisation_is_that_of_torchvision_to_the_bit(sample):
+    published = transforms.Compose([transforms.ToTensor(), transforms.Normalize((data.MEAN,), (data.STD,))])
+    images = sample["test"].images
+    theirs = torch.stack([published(image.numpy()) for image in images])
+    ours, _ = next(data.batches(sample["test"], len(images)))
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, theirs)
+
+
+def test_every_place_in_a_run_has_a_seed_of_its_own():
+    keys = [(s,) for s in range(50)] + [(s, e) for s in range(50) for e in range(1, 20)]
+    keys += [(s, e, t) for s in range(5) for e in range(1, 20) for t in range(1, 50)]
+    assert len({data.derive_seed(*key) for key in keys}) == len(keys)
+    assert data.derive_seed(0, 1, 2) == 1535930435702422785

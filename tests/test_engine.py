@@ -1,0 +1,112 @@
+"""engine.py: the loops learn and repeat to the bit; the metrics are those of the textbooks and of scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from sklearn.metrics import log_loss
+
+import data
+import engine
+import models
+
+
+def train(sample, name="cnn", seed=0, epochs=3, **changes):
+    torch.manual_seed(data.derive_seed(seed))
+    model = models.build(name)
+    options = {"epochs": epochs, "lr": 1e-3, "batch_size": 32, "seed": seed} | changes
+    return model, list(engine.fit(model, sample["train"], sample["val"], **options))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_training_learns(sample, name):
+    _, rows = train(sample, name, epochs=5)
+    assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
+    assert rows[-1]["select_accuracy"] > 0.6
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(sample):
+    (first, _), (second, _), (other, _) = train(sample), train(sample), train(sample, seed=1)
+    for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_the_reported_training_figures_are_those_of_the_steps(sample):
+    """With a learning rate of almost nothing the epoch's means are those of the fixed model."""
+    torch.manual_seed(0)
+    model = models.build("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    told = []
+    row = engine.train_one_epoch(
+        model, sample["train"], optimizer, batch_size=7, seed=0, epoch=1, progress=lambda *now: told.append(now)
+    )
+    logits = engine.predict_logits(model, sample["train"])
+    loss, accuracy = engine.loss_and_accuracy(logits, sample["train"].labels)
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["accuracy"] == accuracy
+    assert sum(images for images, _, _ in told) == len(logits)
+    assert told[-1][1:] == (row["loss"], row["accuracy"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(sample):
+    with pytest.raises(engine.TrainingError, match=r"the loss became nan in epoch 1.*smaller --lr"):
+        train(sample, lr=1e30)
+
+
+def test_predictions_do_not_depend_on_the_batch_size(sample):
+    model = models.build("cnn")
+    whole = engine.predict_logits(model, sample["test"], 500)
+    torch.testing.assert_close(engine.predict_logits(model, sample["test"], 33), whole)
+    assert whole.shape == (500, 10)
+    assert whole.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:cpu"])
+def test_a_device_that_cannot_be_used_is_told(name):
+    with pytest.raises(engine.TrainingError, match=f"device '{name}' cannot be used"):
+        engine.pick_device(name)
+
+
+def test_wilson_interval_is_the_closed_form():
+    correct, n, z = 9_182, 10_000, norm.ppf(0.975)
+    p = correct / n
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+    assert engine.wilson_interval(correct, n) == pytest.approx(expected, rel=1e-9)
+
+
+def test_expected_calibration_error_by_hand():
+    confidence = np.array([0.95, 0.95, 0.95, 0.55])
+    probabilities = np.zeros((4, 10))
+    probabilities[:, 0], probabilities[:, 1] = confidence, 1 - confidence
+    labels = np.array([0, 0, 1, 0])  # two of three right in the bin of 0.95, one of one in that of 0.55
+    expected = 3 / 4 * abs(2 / 3 - 0.95) + 1 / 4 * abs(1 - 0.55)
+    assert engine.expected_calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+def test_mcnemar_is_the_exact_binomial():
+    a = np.array([True] * 8 + [False] * 2 + [True] * 5)
+    b = np.array([False] * 8 + [True] * 2 + [True] * 5)
+    result = engine.mcnemar(a, b)
+    assert (result["only_a"], result["only_b"]) == (8, 2)
+    assert result["p_value"] == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert engine.mcnemar(a, a)["p_value"] == 1
+
+
+def test_metrics_agree_with_one_another_and_with_scikit_learn(sample):
+    model, _ = train(sample, "mlp")
+    labels = sample["test"].labels
+    logits = engine.predict_logits(model, sample["test"])
+    result = engine.metrics(logits, labels)
+    matrix = np.array(result["confusion_matrix"])
+    assert result["n"] == matrix.sum() == 500
+    assert result["accuracy"] == pytest.approx(np.trace(matrix) / 500)
+    assert result["accuracy_ci95"][0] < result["accuracy"] < result["accuracy_ci95"][1]
+    assert result["log_loss"] == pytest.approx(log_loss(labels, logits.double().softmax(1)), rel=1e-9)
+    for index, name in enumerate(data.CLASSES):
+        row = result["per_class"][name]
+        assert row["support"] == 50
+        assert row["recall"] == pytest.approx(matrix[index, index] / 50)
+        assert row["precision"] == pytest.approx(matrix[index, index] / max(1, matrix[:, index].sum()))

@@ -1,0 +1,93 @@
+"""evaluate.py as a user runs it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+import checkpoint
+import engine
+from data import CLASSES
+
+
+def evaluate(*arguments):
+    return run_script("evaluate.py", *arguments, "--data-dir", SAMPLE)
+
+
+@pytest.mark.parametrize("split", ["test", "val", "train"])
+def test_one_checkpoint(trained, sample, tmp_path, split):
+    path = trained[0] / "best_cnn_fmnist.pt"
+    finished = evaluate(path, "--split", split, "--json", tmp_path / "a.json")
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    labels = sample[split].labels.numpy()
+    predicted = engine.predict_logits(checkpoint.load(path)[0], sample[split]).argmax(1).numpy()
+    assert (result["model"], result["split"], result["n"]) == ("cnn", split, len(labels))
+    assert result["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert np.sum(result["confusion_matrix"]) == len(labels)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for index, name in enumerate(CLASSES):
+        row = result["per_class"][name]
+        assert [row["precision"], row["recall"], row["f1"]] == [precision[index], recall[index], f1[index]]
+        assert re.search(rf"^{name} +{precision[index]:.1%} +{recall[index]:.1%} ", finished.stdout, re.MULTILINE)
+    low, high = result["accuracy_ci95"]
+    assert (
+        f"accuracy                    {result['accuracy']:.2%}  (95% interval {low:.2%} to {high:.2%})"
+        in finished.stdout
+    )
+    assert f"{result['log_loss']:.4f} nats" in finished.stdout
+    assert f"{result['ece']:.4f}" in finished.stdout
+    cautions = {"test": None, "val": "its best epoch was chosen on these", "train": "trained on these very images"}
+    assert (cautions[split] or "None") in str(result["caution"])
+
+
+def test_several_checkpoints_are_compared(trained, sample, tmp_path):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn", "cnn")]
+    finished = evaluate(*paths, "--json", tmp_path / "c.json")
+    assert finished.returncode == 0, finished.stderr
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [result["model"] for result in content["checkpoints"]] == ["mlp", "cnn", "cnn"]
+    right = [
+        (engine.predict_logits(checkpoint.load(path)[0], sample["test"]).argmax(1) == sample["test"].labels).numpy()
+        for path in paths
+    ]
+    first, _, third = content["mcnemar"]
+    assert (first["only_a"], first["only_b"]) == ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum())
+    assert third["p_value"] == 1  # a checkpoint against itself
+    assert (
+        f" 1 against  2: {first['only_a']:>5} to {first['only_b']:>5}   p = {first['p_value']:.2g}" in finished.stdout
+    )
+    (mean,) = content["means"]
+    assert (mean["model"], mean["n"], mean["sd"]) == ("cnn", 2, 0)
+
+
+def test_the_default_is_the_shipped_cnn():
+    finished = run_script("evaluate.py", "--data-dir", SAMPLE)
+    assert finished.returncode == 0, finished.stderr
+    assert "checkpoints/best_cnn_fmnist.pt: cnn" in finished.stdout
+    assert "caution: trained on Fashion-MNIST, measured on sample" in finished.stdout
+
+
+def test_bad_arguments_get_one_clear_line(trained, tmp_path):
+    path = trained[0] / "best_cnn_fmnist.pt"
+    assert_one_line_error(evaluate(path, "--split", "all"), "--split: invalid choice")
+    assert_one_line_error(
+        evaluate(path, "--json", tmp_path / "no" / "a.json"), "not a .json file in a folder that exists"
+    )
+    assert_one_line_error(evaluate(path, "--json", tmp_path / "a.pt"), "not a .json file")
+    assert_one_line_error(evaluate(path, "--json", path.with_suffix(".json")), "would replace the history of a run")
+    assert_one_line_error(
+        evaluate(path, ROOT / "README.md"), "README.md: damaged, truncated or not a PyTorch checkpoint"
+    )
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(trained):
+    import subprocess
+    import sys
+
+    command = f"{sys.executable} evaluate.py {trained[0] / 'best_mlp_fmnist.pt'} --data-dir {SAMPLE} | head -n 1"
+    finished = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.stderr == ""

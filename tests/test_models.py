@@ -1,0 +1,52 @@
+"""models.py: exactly the published layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import models
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mlp", 101_770), ("cnn", 421_642)])
+def test_parameters_are_as_published(name, parameters):
+    model = models.build(name)
+    assert models.count_parameters(model) == parameters
+    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+
+def published(name, model):
+    """The published layers in the published order, holding the model's weights."""
+    layers = {
+        "mlp": [nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)],
+        "cnn": [
+            *[nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Flatten(), nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)],
+        ],
+    }
+    network = nn.Sequential(*layers[name]).to(memory_format=torch.channels_last)
+    network.load_state_dict(dict(zip(network.state_dict(), model.state_dict().values(), strict=True)))
+    return network
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_outputs_and_gradients_are_those_of_the_published_order_to_the_bit(name, sample):
+    model = models.build(name)
+    network = published(name, model)
+    images, labels = next(data.batches(sample["train"], 128))
+    results = []
+    for module in (model, network):
+        torch.manual_seed(0)  # for dropout
+        logits = module(images)
+        F.cross_entropy(logits, labels).backward()
+        results.append([logits, *(parameter.grad for parameter in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_dropout_is_off_in_evaluation(sample):
+    model = models.build("cnn").eval()
+    images, _ = next(data.batches(sample["test"], 8))
+    assert torch.equal(model(images), model(images))

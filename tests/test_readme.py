@@ -1,0 +1,66 @@
+"""README.md and the shipped files: each number agrees with the run, checkpoint or figure it speaks of."""
+
+import hashlib
+import json
+import re
+from statistics import mean, stdev
+
+import pytest
+from conftest import ROOT, run_script
+
+import checkpoint
+from record import history_of
+
+README = (ROOT / "README.md").read_text()
+CHECKPOINTS = ROOT / "checkpoints"
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("select", ["val", "test"])
+def test_the_results_table_is_that_of_the_runs(model, select):
+    runs = [json.loads((ROOT / f"runs/{model}-{select}-{s}/best_{model}_fmnist.json").read_text()) for s in range(5)]
+    for seed, run in enumerate(runs):
+        assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", "Fashion-MNIST")
+        published = {"epochs": {"mlp": 5, "cnn": 15}[model], "lr": 1e-3, "batch_size": 128, "select": select}
+        assert run["flags"] == published | {"deterministic": False}
+        assert run["test"]["n"] == 10_000
+    accuracies = [100 * run["test"]["accuracy"] for run in runs]
+    chosen = {"val": "5,000 validation images", "test": "test set, as published"}[select]
+    (row,) = re.findall(rf"^\| {model.upper()}.*{chosen}.*$", README, re.MULTILINE)
+    assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in row
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_the_shipped_checkpoints_are_those_of_the_table(model):
+    path = CHECKPOINTS / f"best_{model}_fmnist.pt"
+    history = history_of(path)
+    assert history == json.loads((ROOT / f"runs/{model}-val-0/best_{model}_fmnist.json").read_text())
+    assert checkpoint.load(path)[1]["epoch"] == history["best_epoch"]
+    low, high = history["test"]["accuracy_ci95"]
+    told = f"| {path.name} | {history['test']['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) |"
+    assert f"{told} {history['test']['loss']:.4f} |" in README
+
+
+def test_the_shipped_figures_are_of_the_shipped_checkpoint_and_their_numbers_are_told():
+    analysis = json.loads((ROOT / "figures" / "analysis.json").read_text())
+    digest = hashlib.sha256((CHECKPOINTS / "best_cnn_fmnist.pt").read_bytes()).hexdigest()
+    assert analysis["checkpoint_sha256"] == digest
+    assert f"({analysis['mistakes']} mistakes)" in README
+    for finding in analysis["findings"]:
+        (row,) = re.findall(rf"^\| {re.escape(finding['finding'])} \|.*$", README, re.MULTILINE)
+        assert row.endswith("| confirmed |" if finding["holds"] else "| not confirmed |")
+        for number in re.findall(r"\d+%?", row.split("|")[2]):
+            assert re.search(rf"\b{number}", finding["summary"])
+
+
+def test_every_file_the_readme_names_is_there():
+    for name in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"|`([a-z_]+\.(?:py|txt))`", README):
+        assert (ROOT / "".join(name)).exists(), name
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py"])
+def test_every_flag_the_readme_names_is_there(script):
+    described = re.search(rf"^\*\*{script}.*?(?=^\*\*|^## )", README, re.MULTILINE | re.DOTALL).group()
+    usage = run_script(script, "--help").stdout
+    for flag in re.findall(r"--[a-z-]+", described):
+        assert flag in usage
