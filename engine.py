@@ -67,22 +67,22 @@ def train_one_epoch(model, split, optimizer, *, batch_size, seed, epoch, progres
         optimizer.step()
         recent.append((loss.detach(), logits.detach(), labels))
         if step % CHECK_EVERY == 0 or step == steps:
-            losses, logits, labels = zip(*recent, strict=True)
-            sizes = torch.tensor([len(some) for some in labels], device=losses[0].device)
-            total_loss += (torch.stack(losses).double() * sizes).sum().item()
-            correct += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum().item()
-            images_now = sum(len(some) for some in labels)
-            seen += images_now
+            losses, recent_logits, recent_labels = zip(*recent, strict=True)
+            sizes = torch.tensor([len(batch) for batch in recent_labels])
+            total_loss += (torch.stack(losses).cpu().double() * sizes).sum().item()
+            correct += (torch.cat(recent_logits).argmax(1) == torch.cat(recent_labels)).sum().item()
+            seen += int(sizes.sum())
             recent.clear()
             mean_loss, accuracy = total_loss / seen, correct / seen
-            if not np.isfinite(mean_loss):
-                raise TrainingError(
-                    f"the loss became {mean_loss} in epoch {epoch}, at or shortly before step {step} of {steps}: "
-                    "try a smaller --lr"
-                )
+            _check_finite(mean_loss, f"epoch {epoch}, at or shortly before step {step} of {steps}")
             if progress:
-                progress(images_now, mean_loss, accuracy)
+                progress(int(sizes.sum()), mean_loss, accuracy)
     return {"loss": mean_loss, "accuracy": accuracy, "images_per_second": seen / (time.perf_counter() - start)}
+
+
+def _check_finite(loss, where):
+    if not np.isfinite(loss):
+        raise TrainingError(f"the loss became {loss} in {where}: try a smaller --lr")
 
 
 def fit(model, train, select, *, epochs, lr, batch_size, seed, progress=None):
@@ -98,6 +98,7 @@ def fit(model, train, select, *, epochs, lr, batch_size, seed, progress=None):
         tell = partial(progress, epoch) if progress else None
         trained = train_one_epoch(model, train, optimizer, batch_size=batch_size, seed=seed, epoch=epoch, progress=tell)
         loss, accuracy = loss_and_accuracy(predict_logits(model, select), select.labels.cpu())
+        _check_finite(loss, f"the evaluation after epoch {epoch}")
         yield {
             "epoch": epoch,
             "train_loss": trained["loss"],

@@ -1,6 +1,5 @@
 """What the tests share: the real sample, the scripts as a user runs them, and checkpoints they trained."""
 
-import os
 import re
 import subprocess
 import sys
@@ -61,5 +60,4 @@ def sample_as_published(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
     monkeypatch.setattr(data, "MIRRORS", ())
     monkeypatch.delenv("FMNIST_DIR", raising=False)
-    os.environ.pop("FMNIST_DIR", None)
     return tmp_path

@@ -55,6 +55,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(sample):
         train(sample, lr=1e30)
 
 
+def test_weights_that_the_last_step_ruins_are_noticed_too(sample):
+    with pytest.raises(engine.TrainingError, match=r"the loss became \w+ in the evaluation after epoch 1"):
+        train(sample, "mlp", lr=1e38, batch_size=920)  # the only step's own loss is still finite
+
+
 def test_predictions_do_not_depend_on_the_batch_size(sample):
     model = models.build("cnn")
     whole = engine.predict_logits(model, sample["test"], 500)

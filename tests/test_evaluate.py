@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,9 +87,6 @@ def test_bad_arguments_get_one_clear_line(trained, tmp_path):
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(trained):
-    import subprocess
-    import sys
-
     command = f"{sys.executable} evaluate.py {trained[0] / 'best_mlp_fmnist.pt'} --data-dir {SAMPLE} | head -n 1"
     finished = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.stderr == ""
