@@ -111,13 +111,14 @@ def split_indices(labels):
     return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
 
 
-def derive_seed(*key):
-    """A 63-bit seed from (seed,), (seed, epoch) or (seed, epoch, step), epoch and step counted from 1.
+def derive_seeds(*key, n=1):
+    """n 63-bit seeds, as a list of int, from (seed,) for a run's initial weights or (seed, epoch) for an epoch.
 
-    Every random draw of a run is a function of its place in the run, so no generator's state lives across
-    steps. Counting from 1 keeps the three kinds apart, as SeedSequence pads its key with zeros.
+    Of an epoch's, the first is for its permutation and the one at index i for its step i, counted from 1, however
+    many are asked for. So every random draw is a function of its place in the run, and no generator's state lives
+    across steps. Epochs count from 1, as SeedSequence pads its key with zeros.
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return (np.random.SeedSequence(key).generate_state(n, np.uint64) >> 1).tolist()
 
 
 def normalise(images):
@@ -134,7 +135,7 @@ def batches(split, batch_size, seed=None, epoch=None):
     if seed is None:
         order = torch.arange(n, device=device)
     else:  # drawn on the CPU, so that every device sees the same order
-        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seeds(seed, epoch)[0])
         order = torch.randperm(n, generator=generator).to(device)
     for index in order.split(batch_size):  # index_select copies whole images: six times as fast as indexing
         yield normalise(split.images.index_select(0, index)), split.labels.index_select(0, index)

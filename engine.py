@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.optim.adam import adam
 
-from data import CLASSES, UserError, batches, derive_seed
+from data import CLASSES, UserError, batches, derive_seeds
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 EVALUATION_BATCH = 256  # as published
@@ -43,6 +44,42 @@ def make_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
+class FusedAdam(torch.optim.Adam):
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on PyTorch's fused kernel, called without detours.
+
+    The checks that torch.optim.Adam makes around each step are a tenth of the MLP's epoch; numbers and state_dict
+    are the same. One group of parameters, and no option but the learning rate.
+    """
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not all(parameter in self.state for parameter in parameters):
+            super().step()  # which sets up the state
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        adam(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
 def train_one_epoch(model, split, optimizer, *, batch_size, seed, epoch, progress=None):
     """One pass over the split, in the order of (seed, epoch), minimising the cross-entropy.
 
@@ -58,8 +95,9 @@ def train_one_epoch(model, split, optimizer, *, batch_size, seed, epoch, progres
     recent = []  # (loss, logits, labels) of steps not yet counted: counting many at once keeps a step short
     on_cpu = split.labels.device.type == "cpu"
     reseed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter, 0.1 ms, seeds all
+    seeds = derive_seeds(seed, epoch, n=steps + 1)
     for step, (images, labels) in enumerate(batches(split, batch_size, seed, epoch), 1):
-        reseed(derive_seed(seed, epoch, step))  # for dropout
+        reseed(seeds[step])  # for dropout
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -92,7 +130,7 @@ def fit(model, train, select, *, epochs, lr, batch_size, seed, progress=None):
     "images_per_second"}: losses in nats, seconds of the whole epoch with its evaluation, images per second of
     the training alone. progress is that of train_one_epoch, with the epoch put first.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    optimizer = FusedAdam(model.parameters(), lr)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         tell = partial(progress, epoch) if progress else None

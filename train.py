@@ -80,7 +80,7 @@ def main(argv=None):
     names = ("train", "val", "test") if args.select == "val" else ("train+val", "test")
     train, *_, test = splits = [split.to(device) for split in data.load(*names, data_dir=args.data_dir)]
     select = splits[1]  # which is the test set itself in the published protocol
-    torch.manual_seed(data.derive_seed(args.seed))
+    torch.manual_seed(*data.derive_seeds(args.seed))
     model = models.build(args.model).to(device)
     print(
         f"{args.model}: {models.count_parameters(model):,} parameters on {device}, seed {args.seed}; "

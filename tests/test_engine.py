@@ -12,7 +12,7 @@ import models
 
 
 def train(sample, name="cnn", seed=0, epochs=3, **changes):
-    torch.manual_seed(data.derive_seed(seed))
+    torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(name)
     options = {"epochs": epochs, "lr": 1e-3, "batch_size": 32, "seed": seed} | changes
     return model, list(engine.fit(model, sample["train"], sample["val"], **options))
@@ -53,6 +53,21 @@ def test_the_reported_training_figures_are_those_of_the_steps(sample):
 def test_a_loss_that_is_not_finite_stops_the_run(sample):
     with pytest.raises(engine.TrainingError, match=r"the loss became nan in epoch 1.*smaller --lr"):
         train(sample, lr=1e30)
+
+
+def test_our_adam_is_that_of_pytorch_to_the_bit(sample):
+    networks = []
+    for optimizer_class in (engine.FusedAdam, torch.optim.Adam):
+        torch.manual_seed(0)
+        model = models.build("cnn")
+        options = {} if optimizer_class is engine.FusedAdam else {"fused": True}
+        optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
+        engine.train_one_epoch(model, sample["train"], optimizer, batch_size=32, seed=0, epoch=1)
+        networks.append((model, optimizer))
+    for a, b in zip(networks[0][0].parameters(), networks[1][0].parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in networks[0][1].state[a].items():
+            assert torch.equal(value, networks[1][1].state[b][key])
 
 
 def test_weights_that_the_last_step_ruins_are_noticed_too(sample):
