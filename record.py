@@ -5,7 +5,6 @@ Both are written after every epoch, whole or not at all, so a run that is cut of
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class Record:
         self._started = time.perf_counter()
         self.history = {
             "model": model,
-            "status": "running",  # then "finished", "interrupted" or "diverged"
+            "status": "running",  # then "finished", "interrupted" or "failed"
             "seed": seed,
             "flags": flags,
             "data": data,
@@ -100,18 +99,19 @@ def history_path(path):
 
 
 def keep_aside(path):
-    """Rename a checkpoint and its history, where there are any, to a name that holds the first digits of the SHA-256.
+    """Copy a checkpoint and its history, where there are any, to a name with the first digits of the SHA-256.
 
-    The name depends on the content alone: however often a run is repeated, a checkpoint is kept once.
+    The name depends on the content alone: however often a run is repeated, a checkpoint is kept once. It is a copy,
+    so that the file is at its own name too until the new one, complete, takes its place.
     Returns the new path of the checkpoint, or None when there was nothing to keep.
     """
     path = Path(path)
-    present = [old for old in (path, history_path(path)) if old.exists()]
-    if not present:
+    contents = {old: old.read_bytes() for old in (path, history_path(path)) if old.exists()}
+    if not contents:
         return None
-    digest = hashlib.sha256(present[0].read_bytes()).hexdigest()[:8]
-    for old in present:
-        os.replace(old, old.with_suffix(f".{digest}{old.suffix}"))
+    digest = hashlib.sha256(next(iter(contents.values()))).hexdigest()[:8]
+    for old, content in contents.items():
+        checkpoint.write_atomically(old.with_suffix(f".{digest}{old.suffix}"), content)
     return path.with_suffix(f".{digest}{path.suffix}")
 
 

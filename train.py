@@ -124,7 +124,7 @@ def main(argv=None):
 
     status = "failed"
     try:
-        say(f"epoch  train loss  train acc  {args.select:>4} loss  {args.select:>4} acc  seconds  images/s      ETA")
+        say(f"epoch train loss train acc {args.select:>4} loss {args.select:>4} acc   sec images/s     ETA")
         for row in engine.fit(
             model,
             train,
@@ -137,8 +137,8 @@ def main(argv=None):
         ):
             is_best = record.add_epoch(model, row)
             if row["epoch"] == 1 and record.kept:
-                say(f"       the earlier {record.path.name} is kept as {cli.shown(record.kept)}")
-            say(table_line(row, record.history["training_seconds"], epochs) + "  best" * is_best)
+                say(f"      the earlier {record.path.name} is kept as {cli.shown(record.kept)}")
+            say(table_line(row, record.history["training_seconds"], epochs) + " best" * is_best)
             if writer:
                 for key in row.keys() - {"epoch"}:
                     writer.add_scalar(key.replace("select", args.select), row[key], row["epoch"])
@@ -190,8 +190,8 @@ def main(argv=None):
 def table_line(row, elapsed, epochs):
     eta = timedelta(seconds=round(elapsed / row["epoch"] * (epochs - row["epoch"])))
     return (
-        f"{row['epoch']:>5}  {row['train_loss']:>10.4f}  {row['train_accuracy']:>9.2%}  {row['select_loss']:>9.4f}  "
-        f"{row['select_accuracy']:>8.2%}  {row['seconds']:>7.1f}  {row['images_per_second']:>8,.0f}  {eta!s:>7}"
+        f"{row['epoch']:>5} {row['train_loss']:>10.4f} {row['train_accuracy']:>9.2%} {row['select_loss']:>9.4f} "
+        f"{row['select_accuracy']:>8.2%} {row['seconds']:>5.1f} {row['images_per_second']:>8,.0f} {eta!s:>7}"
     )
 
 

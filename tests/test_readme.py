@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from statistics import mean, stdev
 
@@ -12,7 +13,6 @@ import checkpoint
 from record import history_of
 
 README = (ROOT / "README.md").read_text()
-CHECKPOINTS = ROOT / "checkpoints"
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
@@ -30,21 +30,33 @@ def test_the_results_table_is_that_of_the_runs(model, select):
     assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in row
 
 
+def shipped(model):
+    """The shipped checkpoint and its run in the table; skips where the user has trained a checkpoint of their own."""
+    path = ROOT / "checkpoints" / f"best_{model}_fmnist.pt"
+    run = json.loads((ROOT / f"runs/{model}-val-0/best_{model}_fmnist.json").read_text())
+    is_shipped = hashlib.sha256(path.read_bytes()).hexdigest() == run["checkpoint_sha256"]
+    if not is_shipped and "CI" not in os.environ:
+        pytest.skip(f"{path.name} has been trained anew here")
+    assert is_shipped
+    return path, run
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_the_shipped_checkpoints_are_those_of_the_table(model):
-    path = CHECKPOINTS / f"best_{model}_fmnist.pt"
-    history = history_of(path)
-    assert history == json.loads((ROOT / f"runs/{model}-val-0/best_{model}_fmnist.json").read_text())
-    assert checkpoint.load(path)[1]["epoch"] == history["best_epoch"]
-    low, high = history["test"]["accuracy_ci95"]
-    told = f"| {path.name} | {history['test']['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) |"
-    assert f"{told} {history['test']['loss']:.4f} |" in README
+    path, run = shipped(model)
+    assert history_of(path) == run
+    assert checkpoint.load(path)[1]["epoch"] == run["best_epoch"]
+    low, high = run["test"]["accuracy_ci95"]
+    told = f"| {path.name} | {run['test']['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) |"
+    assert f"{told} {run['test']['loss']:.4f} |" in README
 
 
 def test_the_shipped_figures_are_of_the_shipped_checkpoint_and_their_numbers_are_told():
+    _, run = shipped("cnn")
     analysis = json.loads((ROOT / "figures" / "analysis.json").read_text())
-    digest = hashlib.sha256((CHECKPOINTS / "best_cnn_fmnist.pt").read_bytes()).hexdigest()
-    assert analysis["checkpoint_sha256"] == digest
+    if analysis["checkpoint_sha256"] != run["checkpoint_sha256"] and "CI" not in os.environ:
+        pytest.skip("figures/ has been drawn anew here")
+    assert analysis["checkpoint_sha256"] == run["checkpoint_sha256"]
     assert f"({analysis['mistakes']} mistakes)" in README
     for finding in analysis["findings"]:
         (row,) = re.findall(rf"^\| {re.escape(finding['finding'])} \|.*$", README, re.MULTILINE)

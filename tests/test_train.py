@@ -36,7 +36,7 @@ def test_what_a_run_says_and_leaves(trained, sample, model):
     assert history["status"] == "finished"
     assert history["checkpoint_sha256"] == hashlib.sha256((folder / history["checkpoint"]).read_bytes()).hexdigest()
     assert [row["epoch"] for row in history["epochs"]] == [1, 2, 3]
-    assert len(re.findall(r"^ +\d+ +\d\.\d{4} .*\d:\d\d:\d\d(  best)?$", said[model], re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +\d+ +\d\.\d{4} .*\d:\d\d:\d\d( best)?$", said[model], re.MULTILINE)) == 3
     best = max(history["epochs"], key=lambda row: row["select_accuracy"])
     assert best["epoch"] == history["best_epoch"]
 
@@ -110,6 +110,21 @@ def test_an_earlier_checkpoint_is_kept_under_another_name_and_an_equal_one_is_no
     path.write_bytes(b"not a checkpoint, but the user's")
     train(tmp_path, "--seed", 3)
     assert b"not a checkpoint, but the user's" in [file.read_bytes() for file in tmp_path.glob("*.pt")]
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_where_it_was(tmp_path):
+    train(tmp_path)
+    path = tmp_path / "best_mlp_fmnist.pt"
+    before, history = path.read_bytes(), history_of(path)
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # bytes; the checkpoint has 400,000
+    code = f"import resource, cli, train; {limit}; cli.run(train.main)"
+    arguments = ["--model", "mlp", "--seed", "1", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path]
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert_one_line_error(finished, "File too large")
+    assert path.read_bytes() == before
+    assert history_of(path) == history
 
 
 def test_ctrl_c_keeps_the_best_epoch_so_far(tmp_path):
