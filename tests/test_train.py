@@ -235,7 +235,7 @@ def test_nothing_is_written_outside_the_clone(tmp_path):
     """Run from a clone, with a home of its own, as on a bare machine."""
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
-    keep_out = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "runs", "__pycache__")
+    keep_out = shutil.ignore_patterns(".git", ".venv", ".cache", ".pytest-tmp", "data", "runs", "__pycache__")
     shutil.copytree(ROOT, clone, ignore=keep_out)
     environment = {key: value for key, value in os.environ.items() if key not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
