@@ -113,13 +113,14 @@ def versions():
 
 
 def git_revision():
-    """Commit of this clone, with "+changes" when tracked files differ from it; None outside a clone."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40"]
+    """Commit of this clone, with "+changes" when a Python file differs from it; None outside a clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        run = subprocess.run([*command, "--exclude=*", "--dirty=+changes"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        code = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return run.stdout.strip() or None
+    return None if head.returncode else head.stdout.strip() + "+changes" * code.returncode
 
 
 def _unpickle(path):

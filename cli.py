@@ -11,7 +11,9 @@ CHECKPOINTS = HERE / "checkpoints"
 FIGURES = HERE / "figures"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
 
-os.environ.setdefault("MPLCONFIGDIR", str(HERE / ".cache" / "matplotlib"))  # nothing is written outside the clone
+# Nothing is written outside the clone: these two libraries keep a cache in the home and the temporary folder.
+os.environ.setdefault("MPLCONFIGDIR", str(HERE / ".cache" / "matplotlib"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "torchinductor"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -231,13 +231,16 @@ def test_help_does_not_wait_for_pytorch(script):
     assert finished.stdout.endswith("[]\n")
 
 
+CACHE_VARIABLES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")  # PyTorch sets its own for children
+
+
 def test_nothing_is_written_outside_the_clone(tmp_path):
     """Run from a clone, with a home of its own, as on a bare machine."""
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
     keep_out = shutil.ignore_patterns(".git", ".venv", ".cache", ".pytest-tmp", "data", "runs", "__pycache__")
     shutil.copytree(ROOT, clone, ignore=keep_out)
-    environment = {key: value for key, value in os.environ.items() if key not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    environment = {key: value for key, value in os.environ.items() if key not in CACHE_VARIABLES}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
     for command in (["train.py", "--model", "mlp", "--epochs", "1"], ["evaluate.py"], ["analyze_errors.py"]):
         subprocess.run(
