@@ -3,13 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import cli  # first: it keeps the libraries' caches inside the clone
 import data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = cli.HERE
 SAMPLE = ROOT / "tests" / "sample"
 
 
