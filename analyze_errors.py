@@ -4,7 +4,6 @@ python analyze_errors.py                       # checkpoints/best_cnn_fmnist.pt
 python analyze_errors.py OTHER.pt --figures-dir other
 """
 
-import hashlib
 from pathlib import Path
 
 import cli
@@ -49,7 +48,7 @@ def main(argv=None):
     history = history_of(args.checkpoint)
     analysis = {
         "checkpoint": args.checkpoint.name,
-        "checkpoint_sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
+        "checkpoint_sha256": checkpoint.file_sha256(args.checkpoint),
         "model": info["model"],
         "split": test.name,
         "data": test.source,

@@ -4,6 +4,7 @@ checkpoint.save("best.pt", model, epoch=3, ...)
 model, info = checkpoint.load("best.pt")
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -100,6 +101,10 @@ def write_atomically(path, content):
     return hashlib.sha256(content).hexdigest()
 
 
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def write_json(path, content):
     """Write readable JSON atomically; numbers in full, NaN refused."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
@@ -112,6 +117,7 @@ def versions():
     }
 
 
+@functools.cache  # the code that runs is the code that was loaded, and a save need not ask again
 def git_revision():
     """Commit of this clone, with "+changes" when a Python file differs from it; None outside a clone."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]

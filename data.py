@@ -146,8 +146,9 @@ def _find(names, data_dir):
     local = [(Path(data_dir).expanduser(), "given folder")] if data_dir else []
     local += [(FETCHED, "fetched copy"), (SYSTEM, "system copy")]
     for folder, label in local:
-        own = _own_sums(folder) if label == "given folder" else None
-        if label != "given folder" and not any(_candidates(folder, name) for name in names):
+        given = label == "given folder"
+        own = _own_sums(folder) if given else None
+        if not given and not any(_candidates(folder, name) for name in names):
             continue  # a usual place that is empty is not worth a line
         try:
             sums = PUBLISHED if own is None else own

@@ -109,12 +109,13 @@ def train_one_epoch(model, split, optimizer, *, batch_size, seed, epoch, progres
             sizes = torch.tensor([len(batch) for batch in recent_labels])
             total_loss += (torch.stack(losses).cpu().double() * sizes).sum().item()
             correct += (torch.cat(recent_logits).argmax(1) == torch.cat(recent_labels)).sum().item()
-            seen += int(sizes.sum())
+            counted = int(sizes.sum())
+            seen += counted
             recent.clear()
             mean_loss, accuracy = total_loss / seen, correct / seen
             _check_finite(mean_loss, f"epoch {epoch}, at or shortly before step {step} of {steps}")
             if progress:
-                progress(int(sizes.sum()), mean_loss, accuracy)
+                progress(counted, mean_loss, accuracy)
     return {"loss": mean_loss, "accuracy": accuracy, "images_per_second": seen / (time.perf_counter() - start)}
 
 

@@ -4,7 +4,6 @@ python evaluate.py                                  # checkpoints/best_cnn_fmnis
 python evaluate.py A.pt B.pt --json comparison.json # side by side, with McNemar's exact test
 """
 
-import hashlib
 from itertools import combinations
 from pathlib import Path
 
@@ -43,14 +42,15 @@ def main(argv=None):
     device = engine.pick_device(args.device)
     loaded = [(path, *checkpoint.load(path)) for path in args.checkpoints]
     (split,) = data.load(args.split, data_dir=args.data_dir)
+    on_device = split.to(device)
     results, correct = [], []
     for path, model, info in loaded:
-        logits = engine.predict_logits(model.to(device), split.to(device))
+        logits = engine.predict_logits(model.to(device), on_device)
         correct.append((logits.argmax(1) == split.labels).numpy())
         results.append(
             {
                 "checkpoint": cli.shown(path),
-                "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "checkpoint_sha256": checkpoint.file_sha256(path),
                 "model": info["model"],
                 "split": args.split,
                 "data": split.source,

@@ -3,7 +3,6 @@
 Both are written after every epoch, whole or not at all, so a run that is cut off leaves what it had.
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -103,16 +102,17 @@ def keep_aside(path):
 
     The name depends on the content alone: however often a run is repeated, a checkpoint is kept once. It is a copy,
     so that the file is at its own name too until the new one, complete, takes its place.
-    Returns the new path of the checkpoint, or None when there was nothing to keep.
+    Returns the new path of the checkpoint, of the history where that stood alone, or None with nothing to keep.
     """
     path = Path(path)
-    contents = {old: old.read_bytes() for old in (path, history_path(path)) if old.exists()}
-    if not contents:
+    present = [old for old in (path, history_path(path)) if old.exists()]
+    if not present:
         return None
-    digest = hashlib.sha256(next(iter(contents.values()))).hexdigest()[:8]
-    for old, content in contents.items():
-        checkpoint.write_atomically(old.with_suffix(f".{digest}{old.suffix}"), content)
-    return path.with_suffix(f".{digest}{path.suffix}")
+    digest = checkpoint.file_sha256(present[0])[:8]
+    kept = [old.with_suffix(f".{digest}{old.suffix}") for old in present]
+    for old, new in zip(present, kept, strict=True):
+        checkpoint.write_atomically(new, old.read_bytes())
+    return kept[0]
 
 
 def history_of(path):
@@ -120,7 +120,7 @@ def history_of(path):
     path = Path(path)
     try:
         history = json.loads(history_path(path).read_text())
-        if history["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
+        if history["checkpoint_sha256"] == checkpoint.file_sha256(path):
             return history
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -137,7 +137,7 @@ def main(argv=None):
         ):
             is_best = record.add_epoch(model, row)
             if row["epoch"] == 1 and record.kept:
-                say(f"      the earlier {record.path.name} is kept as {cli.shown(record.kept)}")
+                say(f"      the earlier {record.path.stem}{record.kept.suffix} is kept as {cli.shown(record.kept)}")
             say(table_line(row, record.history["training_seconds"], epochs) + " best" * is_best)
             if writer:
                 for key in row.keys() - {"epoch"}:

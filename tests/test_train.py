@@ -112,6 +112,14 @@ def test_an_earlier_checkpoint_is_kept_under_another_name_and_an_equal_one_is_no
     assert b"not a checkpoint, but the user's" in [file.read_bytes() for file in tmp_path.glob("*.pt")]
 
 
+def test_a_history_that_stands_alone_is_kept_and_told_as_what_it_is(tmp_path):
+    (tmp_path / "best_mlp_fmnist.json").write_text("{}")
+    said = train(tmp_path, "--epochs", "1").stdout
+    kept = tmp_path / f"best_mlp_fmnist.{hashlib.sha256(b'{}').hexdigest()[:8]}.json"
+    assert kept.read_text() == "{}"
+    assert f"the earlier best_mlp_fmnist.json is kept as {cli.shown(kept)}" in said
+
+
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_where_it_was(tmp_path):
     train(tmp_path)
     path = tmp_path / "best_mlp_fmnist.pt"
