@@ -119,11 +119,11 @@ def versions():
 
 @functools.cache  # the code that runs is the code that was loaded, and a save need not ask again
 def git_revision():
-    """Commit of this clone, with "+changes" when a Python file differs from it; None outside a clone."""
+    """Commit of this clone, with "+changes" when a source file differs from it; None outside a clone."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        code = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, timeout=10)
+        code = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.c"], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if head.returncode else head.stdout.strip() + "+changes" * code.returncode

@@ -72,6 +72,11 @@ def shown(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def plain(dtype):
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def run(main):
     """Run a script: a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a bug in its traceback."""
     name = Path(sys.argv[0]).name

@@ -1,9 +1,10 @@
 """Fashion-MNIST in memory: find it, verify it, split it, and cut it into batches.
 
     train, val, test = data.load("train", "val", "test")
-    for images, labels in data.batches(train, 128, seed=0, epoch=1): ...
+    for images, labels in data.batches(train, 128, seed=0, epoch=1):
+        logits = model(data.normalise(data.augment(images, flip=True)))
 
-The data set is kept as uint8 tensors; a batch is gathered and normalised in three tensor operations.
+The data set is kept as uint8 tensors; a batch is gathered, augmented and normalised in a few tensor operations.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -121,13 +123,8 @@ def derive_seeds(*key, n=1):
     return (np.random.SeedSequence(key).generate_state(n, np.uint64) >> 1).tolist()
 
 
-def normalise(images):
-    """uint8 (n, 28, 28) -> float32 (n, 1, 28, 28) in [-1, 1], which is (pixel / 255 - MEAN) / STD."""
-    return images.unsqueeze(1).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
-
-
 def batches(split, batch_size, seed=None, epoch=None):
-    """Yield (images float32 (b, 1, 28, 28), labels int64 (b,)) on the split's device, each image once.
+    """Yield (images uint8 (b, 28, 28), labels int64 (b,)) on the split's device, each image once.
 
     With a seed, in the order of the permutation of (seed, epoch); without, in the order of the files.
     """
@@ -138,7 +135,35 @@ def batches(split, batch_size, seed=None, epoch=None):
         generator = torch.Generator().manual_seed(derive_seeds(seed, epoch)[0])
         order = torch.randperm(n, generator=generator).to(device)
     for index in order.split(batch_size):  # index_select copies whole images: six times as fast as indexing
-        yield normalise(split.images.index_select(0, index)), split.labels.index_select(0, index)
+        yield split.images.index_select(0, index), split.labels.index_select(0, index)
+
+
+def augment(images, *, flip=False, shift=0, erase=0):
+    """Alter each image uint8 (b, 28, 28) in its own way, drawn from the default generator of its device.
+
+    flip mirrors half of them; shift moves them by up to so many pixels along both axes, black coming in; erase
+    blackens a square of so many pixels a side around any pixel, cut off at the border (cutout: DeVries and Taylor
+    2017, arXiv:1708.04552).
+    """
+    n, size, device = len(images), images.shape[-1], images.device
+    if flip:
+        chosen = torch.rand(n, 1, 1, device=device) < 0.5
+        images = torch.where(chosen, images.flip(2), images)
+    if shift:
+        windows = F.pad(images, (shift,) * 4).unfold(1, size, 1).unfold(2, size, 1)  # every position, without a copy
+        down, right = torch.randint(2 * shift + 1, (2, n), device=device)
+        images = windows[torch.arange(n, device=device), down, right]
+    if erase:
+        place = torch.arange(size, device=device)
+        rows, columns = torch.randint(size, (2, n, 1), device=device) - erase // 2
+        in_rows, in_columns = ((start <= place) & (place < start + erase) for start in (rows, columns))
+        images = images.masked_fill(in_rows.unsqueeze(2) & in_columns.unsqueeze(1), 0)
+    return images
+
+
+def normalise(images):
+    """uint8 (b, 28, 28) -> float32 (b, 1, 28, 28) in [-1, 1], which is (pixel / 255 - MEAN) / STD."""
+    return images.unsqueeze(1).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
 
 
 def _find(names, data_dir):

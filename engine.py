@@ -3,6 +3,8 @@
 Nothing here knows of files or flags.
 """
 
+import contextlib
+import ctypes
 import os
 import time
 from functools import partial
@@ -10,12 +12,17 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.optim.adam import adam
 
-from data import CLASSES, UserError, batches, derive_seeds
+from data import CLASSES, UserError, augment, batches, derive_seeds, normalise
+from optim import NATIVE_BFLOAT16, build_optimizers, rate, set_rates
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 EVALUATION_BATCH = 256  # as published
+MALLOPT = {  # of <malloc.h>: option, value in bytes
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+    "M_MMAP_THRESHOLD": (-3, 2**30),
+}
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
 
 
@@ -44,65 +51,74 @@ def make_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
-class FusedAdam(torch.optim.Adam):
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on PyTorch's fused kernel, called without detours.
+def pick_precision(name, device):
+    """torch.dtype of "float32", "bfloat16", "float16" (on a GPU), or "auto": the fastest the device has.
 
-    The checks that torch.optim.Adam makes around each step are a tenth of the MLP's epoch; numbers and state_dict
-    are the same. One group of parameters, and no option but the learning rate.
+    Raises TrainingError for float16 on a CPU, whose range it leaves.
     """
-
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, lr=lr, fused=True)
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not all(parameter in self.state for parameter in parameters):
-            super().step()  # which sets up the state
-            return
-        states = [self.state[parameter] for parameter in parameters]
-        adam(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            amsgrad=False,
-            maximize=False,
-        )
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        else:
+            name = "bfloat16" if device.type == "cpu" and NATIVE_BFLOAT16 else "float32"
+    if name == "float16" and device.type == "cpu":
+        raise TrainingError("--precision float16 needs a GPU; on a CPU there is bfloat16")
+    return getattr(torch, name)
 
 
-def train_one_epoch(model, split, optimizer, *, batch_size, seed, epoch, progress=None):
+def keep_freed_memory():
+    """Let the C library keep freed memory instead of returning it to the system, for one training in this process.
+
+    glibc returns every large tensor, and takes its pages anew in the next step, one page fault each: a twentieth of
+    the CNN's step. Other C libraries are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        for option, value in MALLOPT.values():
+            libc.mallopt(option, value)
+
+
+def prepare(model, recipe):
+    """Set the model's dropout and return the optimisers, as the recipe says."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
+            module.p = recipe.dropout
+    return build_optimizers(model, recipe)
+
+
+def train_one_epoch(
+    model, split, optimizers, recipe, *, seed, epoch, precision=torch.float32, scaler=None, progress=None
+):
     """One pass over the split, in the order of (seed, epoch), minimising the cross-entropy.
 
+    precision is the dtype of autocast, scaler the GradScaler that float16 needs, which lives through all epochs.
     progress(images, loss, accuracy) is called every CHECK_EVERY steps and after the last with the number of
     images since its last call and the epoch's means so far.
-    Returns {"loss" in nats, "accuracy", "images_per_second"}, means over the epoch as it went along, dropout on.
+    Returns {"loss" in nats, "accuracy", "images_per_second"}, means over the epoch as it went along, dropout,
+    augmentation and label smoothing on.
     Raises TrainingError when the loss is not finite.
     """
     model.train()
     start = time.perf_counter()
-    steps = -(-len(split.labels) // batch_size)
+    device = split.labels.device
+    steps = -(-len(split.labels) // recipe.batch_size)
     total_loss = correct = seen = 0
     recent = []  # (loss, logits, labels) of steps not yet counted: counting many at once keeps a step short
-    on_cpu = split.labels.device.type == "cpu"
-    reseed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter, 0.1 ms, seeds all
+    reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
     seeds = derive_seeds(seed, epoch, n=steps + 1)
-    for step, (images, labels) in enumerate(batches(split, batch_size, seed, epoch), 1):
-        reseed(seeds[step])  # for dropout
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for step, (images, labels) in enumerate(batches(split, recipe.batch_size, seed, epoch), 1):
+        reseed(seeds[step])  # for augmentation and dropout
+        images = normalise(augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase))
+        set_rates(optimizers, rate(recipe, (epoch - 1) * steps + step - 1, recipe.epochs * steps))
+        with contextlib.nullcontext() if precision is torch.float32 else torch.autocast(device.type, precision):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        model.zero_grad()
+        (scaler.scale(loss) if scaler else loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer) if scaler else optimizer.step()
+        if scaler:
+            scaler.update()
         recent.append((loss.detach(), logits.detach(), labels))
         if step % CHECK_EVERY == 0 or step == steps:
             losses, recent_logits, recent_labels = zip(*recent, strict=True)
@@ -124,26 +140,35 @@ def _check_finite(loss, where):
         raise TrainingError(f"the loss became {loss} in {where}: try a smaller --lr")
 
 
-def fit(model, train, select, *, epochs, lr, batch_size, seed, progress=None):
-    """Train with Adam and the cross-entropy; after each epoch, yield what it gave on the split `select`.
+def fit(model, train, select, recipe, *, seed, precision=torch.float32, progress=None):
+    """Train by a recipe; after each epoch, yield what it gave on the split `select`, where there is one.
 
     Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "seconds",
     "images_per_second"}: losses in nats, seconds of the whole epoch with its evaluation, images per second of
-    the training alone. progress is that of train_one_epoch, with the epoch put first.
+    the training alone; without the second pair where select is None. progress is that of train_one_epoch, with
+    the epoch put first.
     """
-    optimizer = FusedAdam(model.parameters(), lr)
-    for epoch in range(1, epochs + 1):
+    optimizers = prepare(model, recipe)
+    scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
+    for epoch in range(1, recipe.epochs + 1):
         start = time.perf_counter()
-        tell = partial(progress, epoch) if progress else None
-        trained = train_one_epoch(model, train, optimizer, batch_size=batch_size, seed=seed, epoch=epoch, progress=tell)
-        loss, accuracy = loss_and_accuracy(predict_logits(model, select), select.labels.cpu())
-        _check_finite(loss, f"the evaluation after epoch {epoch}")
-        yield {
-            "epoch": epoch,
-            "train_loss": trained["loss"],
-            "train_accuracy": trained["accuracy"],
-            "select_loss": loss,
-            "select_accuracy": accuracy,
+        trained = train_one_epoch(
+            model,
+            train,
+            optimizers,
+            recipe,
+            seed=seed,
+            epoch=epoch,
+            precision=precision,
+            scaler=scaler,
+            progress=partial(progress, epoch) if progress else None,
+        )
+        row = {"epoch": epoch, "train_loss": trained["loss"], "train_accuracy": trained["accuracy"]}
+        if select:
+            loss, accuracy = loss_and_accuracy(predict_logits(model, select), select.labels.cpu())
+            _check_finite(loss, f"the evaluation after epoch {epoch}")
+            row |= {"select_loss": loss, "select_accuracy": accuracy}
+        yield row | {
             "seconds": time.perf_counter() - start,
             "images_per_second": trained["images_per_second"],
         }
@@ -153,7 +178,7 @@ def fit(model, train, select, *, epochs, lr, batch_size, seed, progress=None):
 def predict_logits(model, split, batch_size=EVALUATION_BATCH):
     """Logits float32 (n, 10) on the CPU, in the split's order, with the model in evaluation mode."""
     model.eval()
-    return torch.cat([model(images) for images, _ in batches(split, batch_size)]).float().cpu()
+    return torch.cat([model(normalise(images)) for images, _ in batches(split, batch_size)]).float().cpu()
 
 
 def loss_and_accuracy(logits, labels):

@@ -82,7 +82,7 @@ def caution(info, split):
     if info["data"] != split.source:
         return f"trained on {info['data']}, measured on {split.source}"
     select = info["flags"].get("select")
-    if split.name == "train" or (split.name == "val" and select == "test"):
+    if split.name == "train" or (split.name == "val" and select in ("test", "last")):
         return "trained on these very images"
     if split.name == select:
         return "its best epoch was chosen on these very images, which flatters it"

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels import conv_relu_pool, relu_pool
+
 
 class MLP(nn.Module):
     """784 - 128 - 10 with ReLU: 101,770 parameters."""
@@ -33,10 +35,8 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, images):
-        # Published as ReLU, then MaxPool. Both are monotone, so they commute: outputs and gradients are the
-        # same to the bit, and ReLU after pooling touches a quarter of the values (an epoch is 1.6 times as fast).
-        x = F.relu(F.max_pool2d(self.conv1(images), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = conv_relu_pool(images, self.conv1)
+        x = relu_pool(self.conv2(x))
         x = F.relu(self.fc1(x.flatten(1)))
         return self.fc2(self.dropout(x))
 

@@ -112,16 +112,50 @@ def training_curves(history):
     for axes, key, scale, label in ((panels[0], "loss", 1, "cross-entropy, nats"), (panels[1], "accuracy", 100, "%")):
         for side, colour, name in (
             ("train", BLUE, "training, mean over the epoch"),
-            ("select", ORANGE, SELECTION[select]),
+            ("select", ORANGE, SELECTION.get(select)),
         ):
-            values = [scale * row[f"{side}_{key}"] for row in rows]
+            values = [scale * row[f"{side}_{key}"] for row in rows if f"{side}_{key}" in row]
+            if not values:
+                continue  # nothing selected an epoch: the last was kept
             axes.plot(epochs, values, color=colour, marker="o", markersize=4, label=name)
-        axes.axvline(history["best_epoch"], color=GREY, linestyle=":", label=f"best epoch, {history['best_epoch']}")
+        axes.axvline(history["best_epoch"], color=GREY, linestyle=":", label=f"kept: epoch {history['best_epoch']}")
         axes.set(xlabel="epoch", ylabel=label, title=key.capitalize())
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#e4e4e4", linewidth=0.6)
         axes.legend(frameon=False)
     figure.suptitle(f"{history['model']}, seed {history['seed']}, {history['train_images']:,} training images", size=10)
+    return _png(figure)
+
+
+def bench(results):
+    """Bars for the seconds of an epoch by every program, and of the training to the published accuracy."""
+    rows = []
+    for model, programs in results["epoch"].items():
+        rows.append((f"{model.upper()}: one epoch", {name: row["seconds"] for name, row in programs.items()}))
+        goal = results["to_target"][model]
+        if "tutorial" in goal:
+            bars = {"tutorial loop": goal["tutorial"]["seconds"], "ours, fast": goal["ours"]["seconds"]}
+            rows.append((f"{model.upper()}: to {goal['target']:.2%} on the test set", bars))
+    figure, panels = plt.subplots(
+        len(rows),
+        figsize=(10, 1.2 * len(rows) + 0.36 * sum(len(bars) for _, bars in rows)),
+        gridspec_kw={"height_ratios": [len(bars) + 1 for _, bars in rows]},
+        layout="constrained",
+    )
+    for axes, (title, bars) in zip(panels, rows, strict=True):
+        slowest = bars["tutorial loop"]
+        for position, (name, seconds) in enumerate(bars.items()):
+            axes.barh(position, seconds, color=ORANGE if name.startswith("ours") else GREY, height=0.7)
+            ratio = f"   {slowest / seconds:.1f} times as fast" if name != "tutorial loop" else ""
+            axes.text(seconds, position, f"  {seconds:.2f} s{ratio}", va="center", size=9)
+        axes.set_yticks(range(len(bars)), bars)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.35 * max(bars.values()))
+        axes.set_title(title, loc="left", size=10)
+        axes.tick_params(axis="y", length=0)
+    panels[-1].set_xlabel("seconds")
+    machine = results["machine"]
+    figure.suptitle(f"{machine['threads']} cores of {machine['processor']}, {', '.join(machine['features'])}", size=9)
     return _png(figure)
 
 

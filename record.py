@@ -51,11 +51,12 @@ class Record:
     def add_epoch(self, model, row):
         """Take in a row of engine.fit; save the model if it is the best so far, of equals the earlier one.
 
-        Returns whether it is.
+        Where nothing selects, the last epoch is the best. Returns whether this one is.
         """
         self.history["epochs"].append(row)
         self.history["training_seconds"] = time.perf_counter() - self._started
-        is_best = not self.best_epoch or row["select_accuracy"] > self.best_epoch["select_accuracy"]
+        best = self.best_epoch
+        is_best = not best or "select_accuracy" not in row or row["select_accuracy"] > best["select_accuracy"]
         if is_best:
             if not self.best_epoch:
                 self.kept = keep_aside(self.path)

@@ -1,5 +1,7 @@
 """engine.py: the loops learn and repeat to the bit; the metrics are those of the textbooks and of scikit-learn."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,26 +10,42 @@ from sklearn.metrics import log_loss
 
 import data
 import engine
+import kernels
 import models
+import recipes
+
+EVERYTHING = {
+    "optimizer": "muon", "lr": 1e-2, "muon_lr": 0.05, "weight_decay": 0.01, "warmup": 0.3, "label_smoothing": 0.1,
+    "flip": True, "shift": 1, "erase": 8, "dropout": 0.1,
+}  # fmt: skip
 
 
 def train(sample, name="cnn", seed=0, epochs=3, **changes):
     torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(name)
-    options = {"epochs": epochs, "lr": 1e-3, "batch_size": 32, "seed": seed} | changes
-    return model, list(engine.fit(model, sample["train"], sample["val"], **options))
+    recipe = recipes.find("published", name)._replace(**{"epochs": epochs, "batch_size": 32} | changes)
+    return model, list(engine.fit(model, sample["train"], sample["val"], recipe, seed=seed))
+
+
+@pytest.fixture
+def fused():
+    assert kernels.load() is None
+    yield
+    kernels.unload()
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_training_learns(sample, name):
-    _, rows = train(sample, name, epochs=5)
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["published", "everything"])
+def test_training_learns(sample, name, changes):
+    _, rows = train(sample, name, epochs=5, **changes)
     assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
     assert rows[-1]["select_accuracy"] > 0.6
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(sample):
-    (first, _), (second, _), (other, _) = train(sample), train(sample), train(sample, seed=1)
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["published", "everything"])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(sample, changes, fused):
+    (first, _), (second, _), (other, _) = (train(sample, seed=seed, **changes) for seed in (0, 0, 1))
     for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
@@ -39,8 +57,9 @@ def test_the_reported_training_figures_are_those_of_the_steps(sample):
     model = models.build("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     told = []
+    recipe = recipes.Recipe(epochs=1, batch_size=7, lr=1e-30)
     row = engine.train_one_epoch(
-        model, sample["train"], optimizer, batch_size=7, seed=0, epoch=1, progress=lambda *now: told.append(now)
+        model, sample["train"], [optimizer], recipe, seed=0, epoch=1, progress=lambda *now: told.append(now)
     )
     logits = engine.predict_logits(model, sample["train"])
     loss, accuracy = engine.loss_and_accuracy(logits, sample["train"].labels)
@@ -55,19 +74,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(sample):
         train(sample, lr=1e30)
 
 
-def test_our_adam_is_that_of_pytorch_to_the_bit(sample):
-    networks = []
-    for optimizer_class in (engine.FusedAdam, torch.optim.Adam):
+def test_bfloat16_is_close_to_float32_and_quicker_recipes_learn_in_it(sample, fused):
+    recipe = recipes.find("fast", "cnn")._replace(epochs=3, batch_size=32)
+    losses = {}
+    for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = models.build("cnn")
-        options = {} if optimizer_class is engine.FusedAdam else {"fused": True}
-        optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
-        engine.train_one_epoch(model, sample["train"], optimizer, batch_size=32, seed=0, epoch=1)
-        networks.append((model, optimizer))
-    for a, b in zip(networks[0][0].parameters(), networks[1][0].parameters(), strict=True):
-        assert torch.equal(a, b)
-        for key, value in networks[0][1].state[a].items():
-            assert torch.equal(value, networks[1][1].state[b][key])
+        rows = list(engine.fit(model, sample["train"], None, recipe, seed=0, precision=precision))
+        assert "select_accuracy" not in rows[-1]
+        losses[precision] = [row["train_loss"] for row in rows]
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_dropout_is_the_recipes_or_else_the_models_own():
+    model = models.build("cnn")
+    engine.prepare(model, recipes.Recipe(epochs=1))
+    assert model.dropout.p == 0.3
+    engine.prepare(model, recipes.Recipe(epochs=1, dropout=0.0))
+    assert model.dropout.p == 0.0
+
+
+def test_precision_is_the_fastest_the_device_has_unless_told():
+    cpu = torch.device("cpu")
+    assert engine.pick_precision("float32", cpu) is torch.float32
+    assert engine.pick_precision("bfloat16", cpu) is torch.bfloat16
+    expected = torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32
+    assert engine.pick_precision("auto", cpu) is expected
+    with pytest.raises(engine.TrainingError, match="float16 needs a GPU"):
+        engine.pick_precision("float16", cpu)
 
 
 def test_weights_that_the_last_step_ruins_are_noticed_too(sample):

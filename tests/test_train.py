@@ -22,6 +22,7 @@ import checkpoint
 import cli
 import data
 import engine
+import recipes
 from record import history_of
 
 
@@ -42,7 +43,8 @@ def test_what_a_run_says_and_leaves(trained, sample, model):
 
     network, info = checkpoint.load(folder / history["checkpoint"])
     assert info["epoch"] == history["best_epoch"]
-    assert info["flags"] == {"epochs": 3, "lr": 1e-3, "batch_size": 32, "select": "val", "deterministic": False}
+    recipe = recipes.find("published", model)._replace(epochs=3, batch_size=32)
+    assert info["flags"] == {"recipe": "published", **recipe._asdict(), "deterministic": False}
     logits = engine.predict_logits(network, sample["val"])
     assert engine.loss_and_accuracy(logits, sample["val"].labels)[1] == best["select_accuracy"]
     logits = engine.predict_logits(network, sample["test"])
@@ -85,6 +87,36 @@ def test_selection_on_the_test_set_is_explicit_and_labelled(tmp_path):
     assert "the best epoch was chosen on these very images" in finished.stdout
     assert history["train_images"] == 1000
     assert history["test"]["accuracy"] == max(row["select_accuracy"] for row in history["epochs"])
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_recipe_trains_on_all_images_and_keeps_the_last_epoch(tmp_path, recipe, model):
+    finished = train(tmp_path, "--recipe", recipe, "--epochs", "2", "--batch-size", "100", model=model)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    path = tmp_path / f"best_{model}_fmnist.pt"
+    history, (_, info) = history_of(path), checkpoint.load(path)
+    assert history["train_images"] == 1000
+    assert history["best_epoch"] == info["epoch"] == 2
+    assert not any(key.startswith("select") for row in history["epochs"] for key in row)
+    assert history["flags"]["recipe"] == recipe
+    assert history["flags"]["precision"] in ("bfloat16", "float32")  # what "auto" came to
+    assert "1,000 training images; the last of 2 epochs is kept" in finished.stdout
+    assert "measured once, after training" in finished.stdout
+    again = train(tmp_path / "again", "--recipe", recipe, "--epochs", "2", "--batch-size", "100", model=model)
+    assert again.returncode == 0
+    a, b = (torch.load(folder / path.name, weights_only=True)["weights"] for folder in (tmp_path, tmp_path / "again"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_flags_change_what_a_recipe_says(tmp_path):
+    flags = ["--recipe", "fast", "--epochs", "1", "--lr", "0.03", "--select", "val", "--precision", "float32"]
+    assert train(tmp_path, *flags).returncode == 0
+    expected = recipes.find("fast", "mlp")._replace(epochs=1, muon_lr=0.03, select="val", precision="float32")
+    history = history_of(tmp_path / "best_mlp_fmnist.pt")
+    assert history["flags"] == {"recipe": "fast", **expected._asdict(), "deterministic": False}
+    assert history["epochs"][0]["select_accuracy"] > 0.1
 
 
 # --- nothing is lost -------------------------------------------------------------------------------------
@@ -212,6 +244,9 @@ BAD_FLAGS = {
     ("--model", "mlp", "--seed", "-1"): "--seed",
     ("--model", "mlp", "--seed", "4294967296"): "--seed: '4294967296' is not a whole number from 0 to 4294967295",
     ("--model", "mlp", "--select", "train"): "--select: invalid choice",
+    ("--model", "mlp", "--recipe", "best-ever"): "--recipe: invalid choice: 'best-ever'",
+    ("--model", "mlp", "--precision", "int8"): "--precision: invalid choice: 'int8'",
+    ("--model", "mlp", "--precision", "float16", "--device", "cpu"): "float16 needs a GPU; on a CPU there is bfloat16",
     ("--model", "mlp", "--device", "warp"): "device 'warp' cannot be used",
     ("--model", "mlp", "--epoch", "3"): "unrecognized arguments: --epoch 3",
     ("--model", "mlp", "extra"): "unrecognized arguments: extra",
@@ -225,7 +260,7 @@ def test_a_mistaken_flag_gets_one_clear_line(flags):
     assert_one_line_error(run_script("train.py", *flags), BAD_FLAGS[flags])
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py", "bench.py"])
 def test_help_does_not_wait_for_pytorch(script):
     code = (
         "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass\n"
@@ -250,7 +285,7 @@ def test_nothing_is_written_outside_the_clone(tmp_path):
     shutil.copytree(ROOT, clone, ignore=keep_out)
     environment = {key: value for key, value in os.environ.items() if key not in CACHE_VARIABLES}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
-    for command in (["train.py", "--model", "mlp", "--epochs", "1"], ["evaluate.py"], ["analyze_errors.py"]):
+    for command in (["train.py", "--model", "cnn", "--recipe", "fast"], ["evaluate.py"], ["analyze_errors.py"]):
         subprocess.run(
             [sys.executable, *command, "--data-dir", SAMPLE],
             cwd=clone, env=environment, check=True, capture_output=True,

@@ -1,0 +1,95 @@
+"""optim.py: Adam is PyTorch's, Muon is Muon, the learning rates rise and fall."""
+
+import pytest
+import torch
+
+import data
+import engine
+import models
+import optim
+import recipes
+
+
+def gradients(model, sample):
+    images, labels = next(data.batches(sample["train"], 64))
+    torch.nn.functional.cross_entropy(model(data.normalise(images)), labels).backward()
+
+
+def test_our_adam_is_that_of_pytorch_to_the_bit(sample):
+    networks = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = models.build("cnn")
+        parameters = model.parameters()
+        optimizer = optim.FusedAdam(parameters, 1e-3) if ours else torch.optim.Adam(parameters, 1e-3, fused=True)
+        recipe = recipes.Recipe(epochs=1, batch_size=32)
+        engine.train_one_epoch(model, sample["train"], [optimizer], recipe, seed=0, epoch=1)
+        networks.append((model, optimizer))
+    for a, b in zip(networks[0][0].parameters(), networks[1][0].parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in networks[0][1].state[a].items():
+            assert torch.equal(value, networks[1][1].state[b][key])
+
+
+@pytest.mark.parametrize("shape", [(128, 784), (10, 128), (300, 20)])
+def test_orthogonalising_leaves_the_directions_and_evens_out_their_sizes(shape):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(side, min(shape), generator=generator))[0] for side in shape)
+    sizes = torch.logspace(0, -1, min(shape))
+    result = optim.orthogonalise((u * sizes) @ v.t())
+    expected = sizes / sizes.norm()
+    a, b, c = optim.NEWTON_SCHULZ
+    for _ in range(optim.NEWTON_SCHULZ_STEPS):  # the post's iteration, of which ours is a rearrangement
+        expected = a * expected + b * expected**3 + c * expected**5
+    torch.testing.assert_close(u.t() @ result @ v, expected.diag(), atol=0.02, rtol=0.02)
+
+
+def test_orthogonalising_nothing_gives_nothing():
+    assert torch.equal(optim.orthogonalise(torch.zeros(8, 20)), torch.zeros(8, 20))
+
+
+def test_muon_on_a_matrix_agrees_with_pytorchs(monkeypatch):
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ_STEPS", 5)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(40, 100, generator=generator)
+    steps = [torch.randn(40, 100, generator=generator) for _ in range(4)]
+    ends = []
+    for optimizer_class in (optim.Muon, torch.optim.Muon):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_class([weight], lr=0.1, weight_decay=0.01)
+        for gradient in steps:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()  # PyTorch's iterates in bfloat16
+
+
+def test_muon_takes_the_large_matrices_and_adam_everything_else():
+    model = models.build("cnn")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adam = optim.build_optimizers(model, recipes.Recipe(epochs=1, optimizer="muon", muon_lr=0.1))
+    taken = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adam)]
+    assert taken[0] == ["conv2.weight", "fc1.weight"]
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())
+
+
+def test_muon_changes_a_convolution_whatever_its_memory_format(sample):
+    ends = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        model = models.build("cnn").to(memory_format=memory_format).eval()
+        gradients(model, sample)
+        optim.Muon([model.conv2.weight], lr=0.1).step()
+        ends.append(model.conv2.weight.detach().contiguous())
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-3, rtol=0.02)
+
+
+def test_the_learning_rate_is_constant_as_published_or_a_triangle():
+    published, triangle = recipes.Recipe(epochs=1), recipes.Recipe(epochs=1, warmup=0.25)
+    assert {optim.rate(published, step, 8) for step in range(8)} == {1.0}
+    shares = [optim.rate(triangle, step, 8) for step in range(8)]
+    assert shares == pytest.approx([0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    optimizer = optim.FusedAdam([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for share in (0.5, 0.2):
+        optim.set_rates([optimizer], share)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * share)
