@@ -33,7 +33,7 @@ PEERS = {
     "tutorial loop": {"program": "tutorial", "workers": 0},
     "tutorial loop, 2 workers": {"program": "tutorial", "workers": 2},
     "scikit-learn MLPClassifier": {"program": "scikit-learn"},
-    "Keras 3 (TensorFlow)": {"program": "keras"},
+    "Keras 3 on JAX": {"program": "keras"},
     "ours, published": {"program": "ours", "recipe": "published"},
     "ours, fast": {"program": "ours", "recipe": "fast"},
 }
@@ -71,8 +71,8 @@ def main(argv=None):
     write_for_torchvision(torchvision_dir, {"train": train, "t10k": test})
     common = {"threads": torch.get_num_threads(), "data_dir": args.data_dir, "torchvision_dir": str(torchvision_dir)}
     peers = dict(PEERS)
-    if not importlib.util.find_spec("keras") or not importlib.util.find_spec("tensorflow"):
-        del peers["Keras 3 (TensorFlow)"]
+    if not importlib.util.find_spec("keras") or not importlib.util.find_spec("jax"):
+        del peers["Keras 3 on JAX"]
         print("Keras is not installed and left out: pip install -r requirements-bench.txt")
     reason = kernels.load()
     kernels.unload()
@@ -158,7 +158,7 @@ def machine():
         fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         name = f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     present = {key for key, value in torch.cpu.get_capabilities().items() if value is True}
-    packages = ("torch", "torchvision", "scikit-learn", "keras", "tensorflow-cpu")
+    packages = ("torch", "torchvision", "scikit-learn", "keras", "jax")
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

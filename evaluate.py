@@ -90,20 +90,22 @@ def caution(info, split):
 
 
 def spread(results):
-    """Mean and standard deviation (n - 1) of the accuracy over the checkpoints of each model and way of selection."""
+    """Mean and standard deviation (n - 1) of the accuracy over the checkpoints of each model, recipe and selection."""
     groups = {}
     for result in results:
-        select = (result["training"]["flags"] or {}).get("select")
-        groups.setdefault((result["model"], select), []).append(result["accuracy"])
+        flags = result["training"]["flags"] or {}
+        key = (result["model"], flags.get("recipe", "published"), flags.get("select"))
+        groups.setdefault(key, []).append(result["accuracy"])
     return [
         {
             "model": model,
+            "recipe": recipe,
             "select": select,
             "n": len(values),
             "mean_accuracy": float(np.mean(values)),
             "sd": float(np.std(values, ddof=1)),
         }
-        for (model, select), values in groups.items()
+        for (model, recipe, select), values in groups.items()
         if len(values) > 1
     ]
 
@@ -140,8 +142,8 @@ def print_several(content):
             print(f"caution, {number}: {result['caution']}")
     for group in content["means"]:
         print(
-            f"\n{group['model']}, selected on {group['select']}: mean {group['mean_accuracy']:.2%}, "
-            f"standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
+            f"\n{group['model']}, recipe {group['recipe']}, selected on {group['select']}: "
+            f"mean {group['mean_accuracy']:.2%}, standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
         )
     print("\nMcNemar's exact test: images that only one of the two gets right")
     for (a, b), pair in zip(combinations(range(1, len(results) + 1), 2), content["mcnemar"], strict=True):

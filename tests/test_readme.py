@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 from conftest import ROOT, run_script
 
+import bench
 import checkpoint
+import recipes
 from record import history_of
 
 README = (ROOT / "README.md").read_text()
@@ -26,8 +28,33 @@ def test_the_results_table_is_that_of_the_runs(model, select):
         assert run["test"]["n"] == 10_000
     accuracies = [100 * run["test"]["accuracy"] for run in runs]
     chosen = {"val": "5,000 validation images", "test": "test set, as published"}[select]
-    (row,) = re.findall(rf"^\| {model.upper()}.*{chosen}.*$", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {model.upper()} \| published.*{chosen}.*$", README, re.MULTILINE)
     assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in row
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_the_recipes_in_the_results_table_are_those_of_the_runs(model, recipe):
+    runs = [json.loads((ROOT / f"runs/{model}-{recipe}-{s}/best_{model}_fmnist.json").read_text()) for s in range(5)]
+    expected = recipes.find(recipe, model)
+    for seed, run in enumerate(runs):
+        assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", "Fashion-MNIST")
+        assert (run["train_images"], run["test"]["n"]) == (60_000, 10_000)
+        precision = run["flags"]["precision"]
+        assert run["flags"] == {"recipe": recipe, **expected._asdict(), "precision": precision, "deterministic": False}
+    accuracies = [100 * run["test"]["accuracy"] for run in runs]
+    seconds = median(sum(row["seconds"] for row in run["epochs"]) for run in runs)
+    taken = f"{seconds:.1f} s" if recipe == "fast" else f"{seconds / 60:.1f} min"
+    (row,) = re.findall(rf"^\| {model.upper()} \| {recipe}, .*$", README, re.MULTILINE)
+    assert f"{recipe}, {expected.epochs} epochs, {taken}" in row
+    assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in row
+    assert recipe == "fast" or seconds < 600
+
+
+def test_the_speed_section_is_that_of_the_benchmark():
+    results = json.loads((ROOT / "figures" / "bench.json").read_text())
+    for part in bench.markdown(results).split("\n\n"):
+        assert part in README
 
 
 def shipped(model):
@@ -70,7 +97,7 @@ def test_every_file_the_readme_names_is_there():
         assert (ROOT / "".join(name)).exists(), name
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py", "bench.py"])
 def test_every_flag_the_readme_names_is_there(script):
     described = re.search(rf"^\*\*{script}.*?(?=^\*\*|^## )", README, re.MULTILINE | re.DOTALL).group()
     usage = run_script(script, "--help").stdout
