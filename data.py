@@ -161,9 +161,16 @@ def augment(images, *, flip=False, shift=0, erase=0):
     return images
 
 
-def normalise(images):
-    """uint8 (b, 28, 28) -> float32 (b, 1, 28, 28) in [-1, 1], which is (pixel / 255 - MEAN) / STD."""
-    return images.unsqueeze(1).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
+def normalise(images, dtype=torch.float32):
+    """uint8 (b, 28, 28) -> dtype (b, 1, 28, 28) in [-1, 1], which is (pixel / 255 - MEAN) / STD.
+
+    In float32 with torchvision's steps, to the bit. Shorter dtypes hold a pixel and its distance from the mean exactly,
+    so that they are rounded once, with a third of the traffic to memory.
+    """
+    images = images.unsqueeze(1).to(dtype)
+    if dtype == torch.float32:
+        return images.div_(255).sub_(MEAN).div_(STD)
+    return images.sub_(255 * MEAN).div_(255 * STD)
 
 
 def _find(names, data_dir):

@@ -108,7 +108,7 @@ def train_one_epoch(
     seeds = derive_seeds(seed, epoch, n=steps + 1)
     for step, (images, labels) in enumerate(batches(split, recipe.batch_size, seed, epoch), 1):
         reseed(seeds[step])  # for augmentation and dropout
-        images = normalise(augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase))
+        images = normalise(augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase), precision)
         set_rates(optimizers, rate(recipe, (epoch - 1) * steps + step - 1, recipe.epochs * steps))
         with contextlib.nullcontext() if precision is torch.float32 else torch.autocast(device.type, precision):
             logits = model(images)

@@ -80,7 +80,7 @@ def conv_relu_pool(x, conv):
     On images (n, 1, 28, 28) that need no gradient it is fused, in float32 within, whatever the activations' dtype.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    fits = x.shape[1:] == (1, SIZE, SIZE) and x.dtype == torch.float32 and not x.requires_grad
+    fits = x.shape[1:] == (1, SIZE, SIZE) and not x.requires_grad
     if not (fits and _usable(dtype, x, conv.out_channels)):
         return relu_pool(conv(x))
     return _ConvReluPool.apply(x, conv.weight, conv.bias, dtype)
@@ -122,7 +122,7 @@ class _ReluPool(torch.autograd.Function):
 class _ConvReluPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, weight, bias, dtype):
-        images, channels = images.contiguous(), len(weight)
+        images, channels = images.float().contiguous(), len(weight)
         taps = weight.reshape(channels, 9).t().contiguous()
         output = torch.empty(len(images), SIZE // 2, SIZE // 2, channels, dtype=dtype)
         place = torch.empty(output.shape, dtype=torch.uint8)
