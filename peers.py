@@ -22,6 +22,7 @@ from pathlib import Path
 options = json.loads(sys.argv[1]) if __name__ == "__main__" else {"threads": 2}
 os.environ["OMP_NUM_THREADS"] = str(options["threads"])  # read by the libraries when they are imported
 os.environ["KERAS_BACKEND"] = "jax"  # the fastest of its three on a CPU
+os.environ["KERAS_HOME"] = str(Path(__file__).resolve().parent / ".cache" / "keras")  # else it writes to the home
 
 import cli  # noqa: E402, F401 - keeps the libraries' caches inside the clone
 
@@ -29,7 +30,7 @@ import cli  # noqa: E402, F401 - keeps the libraries' caches inside the clone
 class Ours:
     """The loop of engine.py by any recipe, on `images` images: the first of the set, or the whole repeated."""
 
-    def __init__(self, model, recipe, seed=0, images=60_000, epochs=None, **_):
+    def __init__(self, model, recipe, seed=0, images=60_000, epochs=None, precision=None, **_):
         import torch
 
         import data
@@ -41,7 +42,8 @@ class Ours:
         engine.keep_freed_memory()
         self.engine, self.seed, self.epoch = engine, seed, 0
         self.recipe = recipes.find(recipe, model)
-        self.recipe = self.recipe._replace(epochs=epochs or self.recipe.epochs)
+        changes = {"epochs": epochs, "precision": precision}
+        self.recipe = self.recipe._replace(**{key: value for key, value in changes.items() if value})
         if self.recipe.fused:
             kernels.load()
         self.train, self.test = data.load("train+val", "test", data_dir=options["data_dir"])
