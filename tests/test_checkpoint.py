@@ -58,14 +58,15 @@ def test_a_checkpoint_comes_back_whole(saved):
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")
-def test_the_git_revision_tells_changed_code_but_not_what_the_scripts_write(tmp_path):
+@pytest.mark.parametrize("changed", ["models.py", "kernels.c"])
+def test_the_git_revision_tells_changed_code_but_not_what_the_scripts_write(changed, tmp_path):
     def run(*command):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     def revision():
         return run(sys.executable, "-c", "import checkpoint; print(checkpoint.git_revision())")
 
-    for module in ("checkpoint.py", "data.py", "models.py"):
+    for module in ("checkpoint.py", "data.py", "kernels.c", "kernels.py", "models.py"):
         shutil.copy(ROOT / module, tmp_path)
     (tmp_path / "best.pt").write_text("old")
     run("git", "init", "--quiet")
@@ -73,7 +74,8 @@ def test_the_git_revision_tells_changed_code_but_not_what_the_scripts_write(tmp_
     run("git", "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "--quiet", "-m", "all")
     (tmp_path / "best.pt").write_text("new")
     assert revision() == run("git", "rev-parse", "HEAD")
-    (tmp_path / "models.py").write_text((tmp_path / "models.py").read_text() + "\n")
+    with open(tmp_path / changed, "a") as file:
+        file.write("\n")
     assert revision() == run("git", "rev-parse", "HEAD") + "+changes"
 
 
