@@ -8,6 +8,7 @@ import pytest
 
 import cli  # first: it keeps the libraries' caches inside the clone
 import data
+import kernels
 
 ROOT = cli.HERE
 SAMPLE = ROOT / "tests" / "sample"
@@ -34,6 +35,14 @@ def sample():
     """The sample's splits by name: real images, 920 train, 80 val, 500 test."""
     names = ("train", "val", "train+val", "test")
     return dict(zip(names, data.load(*names, data_dir=SAMPLE), strict=True))
+
+
+@pytest.fixture
+def fused():
+    """Trains with the kernels of kernels.c, and leaves the next test without them."""
+    assert kernels.load() is None
+    yield
+    kernels.unload()
 
 
 @pytest.fixture(scope="session")

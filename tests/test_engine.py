@@ -10,7 +10,6 @@ from sklearn.metrics import log_loss
 
 import data
 import engine
-import kernels
 import models
 import recipes
 
@@ -25,13 +24,6 @@ def train(sample, name="cnn", seed=0, epochs=3, **changes):
     model = models.build(name)
     recipe = recipes.find("published", name)._replace(**{"epochs": epochs, "batch_size": 32} | changes)
     return model, list(engine.fit(model, sample["train"], sample["val"], recipe, seed=seed))
-
-
-@pytest.fixture
-def fused():
-    assert kernels.load() is None
-    yield
-    kernels.unload()
 
 
 @pytest.mark.parametrize("name", models.MODELS)

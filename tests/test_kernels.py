@@ -10,13 +10,6 @@ import kernels
 import models
 
 
-@pytest.fixture
-def fused():
-    assert kernels.load() is None
-    yield
-    kernels.unload()
-
-
 def autocast(dtype):
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
