@@ -218,7 +218,7 @@ def flops_of_training(model):
 def epochs(model, peers, common, rounds, report):
     """Seconds of an epoch of every program, in turns, after one epoch to warm up; evaluation and memory as well."""
     workers = {
-        name: Worker(model=model, **options, **common)
+        name: Worker(model=model, epochs=1_000, **options, **common)
         for name, options in peers.items()
         if not (model == "cnn" and options["program"] == "scikit-learn")
     }

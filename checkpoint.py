@@ -10,7 +10,9 @@ import importlib.metadata
 import io
 import json
 import os
+import pickletools
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -23,7 +25,25 @@ import models
 from data import CLASSES, MEAN, STD, UserError
 
 FORMAT = "fmnist-checkpoint-1"
-FIELDS = ("model", "weights", "classes", "mean", "std", "epoch", "metrics", "flags", "seed", "data", "versions", "git")
+FIELDS = {
+    "model": str,
+    "weights": dict,
+    "classes": list,
+    "mean": float,
+    "std": float,
+    "epoch": int,
+    "metrics": dict,
+    "flags": dict,
+    "seed": int,
+    "data": str,
+    "versions": dict,
+    "git": str | None,
+}
+MAX_BYTES = 2**28  # of a file; those of these models have a hundredth
+MAX_PICKLE = 2**18  # of the part that is no tensor
+ALLOWED = re.compile(  # what the pickle of a state_dict names
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+)
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys others keep a state_dict under
 
 
@@ -31,11 +51,16 @@ class CheckpointError(UserError):
     """A file that is no usable checkpoint."""
 
 
-def save(path, model, *, name, epoch, metrics, flags, seed, data):
-    """Write a checkpoint atomically; the same run gives the same bytes, so nothing here depends on the clock.
+def save(path, model, **details):
+    """Write a checkpoint atomically, of the details that serialise takes. Returns the SHA-256 of the file."""
+    return write_atomically(path, serialise(model, **details))
+
+
+def serialise(model, *, name, epoch, metrics, flags, seed, data):
+    """The bytes of a checkpoint: the same for the same run, so nothing here depends on the clock.
 
     metrics: dict of floats of that epoch; flags: dict of the flags that shape the training; data: the name of
-    the data set. Returns the SHA-256 of the file.
+    the data set.
     """
     content = {
         "format": FORMAT,
@@ -52,9 +77,14 @@ def save(path, model, *, name, epoch, metrics, flags, seed, data):
         "versions": versions(),
         "git": git_revision(),
     }
+    return to_bytes(content)
+
+
+def to_bytes(content):
+    """What torch.save writes: a zip archive that holds a CRC-32 of each of its parts."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load(path):
@@ -65,8 +95,9 @@ def load(path):
     Raises CheckpointError when the file is missing, damaged, foreign, or holds more than plain weights.
     """
     path = Path(path)
-    content = _unpickle(path)
-    if isinstance(content, dict) and str(content.get("format", "")).startswith("fmnist-checkpoint-"):
+    content = read(path)
+    kind = content.get("format") if isinstance(content, dict) else None
+    if isinstance(kind, str) and kind.startswith("fmnist-checkpoint-") and kind.isprintable():
         name, weights = _check(path, content)
         info = {key: content[key] for key in FIELDS if key != "weights"}
     else:
@@ -129,44 +160,90 @@ def git_revision():
     return None if head.returncode else head.stdout.strip() + "+changes" * code.returncode
 
 
-def _unpickle(path):
-    """Content of a file of torch.save, checked for damage, with nothing in it executed."""
+def read(path):
+    """Content of a file of torch.save, checked for damage, with nothing in it executed.
+
+    Raises CheckpointError when the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; `python train.py --model cnn` writes checkpoints")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path}: larger than any checkpoint of these models")
+    content = path.read_bytes()
     try:
-        if zipfile.is_zipfile(path):  # what torch.save writes; torch.load itself does not check the sums
-            with zipfile.ZipFile(path) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise CheckpointError(f"{path}: a zip archive, but not one of torch.save")
-                if damaged := archive.testzip():
-                    raise CheckpointError(f"{path}: damaged: the checksum of {damaged} inside it is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (CheckpointError, PermissionError, MemoryError):
+        if zipfile.is_zipfile(io.BytesIO(content)):  # what torch.save writes; torch.load does not check the sums
+            pickles = _checked_pickles(path, content)
+        else:  # what it wrote before version 1.6: five pickles, the fourth of which is the content
+            pickles = [io.BytesIO(content[: 5 * MAX_PICKLE])] * 5
+        for stream in pickles:
+            _check_pickle(path, stream)
+        return from_bytes(content)
+    except CheckpointError:
         raise
-    except Exception as error:  # a hostile file can make the unpickler raise anything
-        if "GLOBAL " in str(error):  # the pickle asks for a function or class by name
-            raise CheckpointError(f"{path}: holds Python objects, not only weights: refused, nothing was run") from None
+    except Exception:  # a hostile file can make the unpickler raise anything
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
+
+
+def from_bytes(content):
+    """What to_bytes was given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _checked_pickles(path, content):
+    """Streams of the pickles in a zip archive, once all of it has proved undamaged."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError(f"{path}: a zip archive, but not one of torch.save")
+        if sum(member.file_size for member in members) > len(content):  # parts that overlap, to keep readers busy
+            raise CheckpointError(f"{path}: damaged: its parts are longer than the file")
+        if damaged := archive.testzip():
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged!r} inside it is wrong")
+        pickles = [member for member in members if member.filename.endswith(".pkl")]
+        if any(member.file_size > MAX_PICKLE for member in pickles):
+            raise CheckpointError(f"{path}: holds more than weights: refused")
+        return [io.BytesIO(archive.read(member)) for member in pickles]
+
+
+def _check_pickle(path, stream):
+    """Refuse what a state_dict does not need. torch.load runs no code, but has functions that fill the memory."""
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not ALLOWED.fullmatch(argument)):
+            raise CheckpointError(f"{path}: holds Python objects, not only weights: refused, nothing was run")
 
 
 def _check(path, content):
     """Model name and weights of a checkpoint of ours, every field looked at before it is believed."""
     if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: written in {content['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: written in {content['format'][:40]}, this version reads {FORMAT}")
     if missing := [key for key in FIELDS if key not in content]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
+    for key, kind in FIELDS.items():
+        if not isinstance(content[key], kind) or (key != "weights" and not _is_plain(content[key])):
+            raise CheckpointError(f"{path}: its {key} is not what a checkpoint holds there")
     name = content["model"]
-    if not isinstance(name, str) or name not in models.MODELS:
-        raise CheckpointError(f"{path}: holds a {name!r}; the models here are {', '.join(models.MODELS)}")
-    if repr([content["classes"], content["mean"], content["std"]]) != repr([list(CLASSES), MEAN, STD]):
+    if name not in models.MODELS:
+        raise CheckpointError(f"{path}: holds a {name[:40]!r}; the models here are {', '.join(models.MODELS)}")
+    if [content["classes"], content["mean"], content["std"]] != [list(CLASSES), MEAN, STD]:
         raise CheckpointError(f"{path}: trained for other classes or another normalisation")
     if not _is_state_dict(content["weights"]) or _shapes(content["weights"]) != _shapes(_empty(name)):
         raise CheckpointError(f"{path}: its weights do not have the shapes of {name}")
     return name, content["weights"]
+
+
+def _is_plain(value):
+    """Whether a value, or all in a list or dict of them, can be told in a line."""
+    if isinstance(value, list | dict):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(not isinstance(part, list | dict) and _is_plain(part) for part in parts)
+    if isinstance(value, str):
+        return value.isprintable()
+    return value is None or (isinstance(value, bool | int | float) and abs(value) < 2**63) or value != value
 
 
 def _adopt(path, content):
@@ -198,11 +275,13 @@ def _adopt(path, content):
 
 def _is_state_dict(content):
     return isinstance(content, dict) and all(
-        isinstance(value, torch.Tensor)
+        isinstance(key, str)
+        and key.isprintable()
+        and isinstance(value, torch.Tensor)
         and value.is_floating_point()
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        for value in content.values()
+        for key, value in content.items()
     )
 
 

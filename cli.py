@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
 FIGURES = HERE / "figures"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
+OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: what all would say, the first one says
 
 # Nothing is written outside the clone: these two libraries keep a cache in the home and the temporary folder.
 os.environ.setdefault("MPLCONFIGDIR", str(HERE / ".cache" / "matplotlib"))
@@ -23,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, "" if OTHER_PROCESS else f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def add_common(parser):
@@ -72,14 +74,48 @@ def shown(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def one_line(error):
+    return " ".join(str(error).split())
+
+
 def plain(dtype):
     """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
+class StopSignals:
+    """Within `with StopSignals() as signals`, Ctrl-C and SIGTERM only set signals.code, the exit code they ask for.
+
+    So what is under way can be brought to a good end. A second Ctrl-C is raised at once, unless torchrun, which
+    passes them on, may have sent it.
+    """
+
+    code = None
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, _):
+        self.code = 128 + number
+        if number == signal.SIGINT and "LOCAL_RANK" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _terminate(*_):
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def run(main):
-    """Run a script: a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a bug in its traceback."""
+    """Run a script: a user's mistake ends in one line and exit code 2, Ctrl-C in 130, SIGTERM in 143, a bug in its
+    traceback.
+    """
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main()
         sys.stdout.flush()
@@ -94,6 +130,7 @@ def run(main):
 
         if not isinstance(error, UserError | OSError):
             raise
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if not OTHER_PROCESS:
+            print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)

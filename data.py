@@ -113,20 +113,31 @@ def split_indices(labels):
     return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
 
 
+def fingerprint(*splits):
+    """SHA-256, in hexadecimal, of the images and labels of these splits in their order."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(split.images.cpu().numpy())
+        digest.update(split.labels.cpu().numpy())
+    return digest.hexdigest()
+
+
 def derive_seeds(*key, n=1):
     """n 63-bit seeds, as a list of int, from (seed,) for a run's initial weights or (seed, epoch) for an epoch.
 
     Of an epoch's, the first is for its permutation and the one at index i for its step i, counted from 1, however
     many are asked for. So every random draw is a function of its place in the run, and no generator's state lives
-    across steps. Epochs count from 1, as SeedSequence pads its key with zeros.
+    across steps. (seed, epoch, rank) gives the seeds of one process among several. Epochs count from 1, as
+    SeedSequence pads its key with zeros; for the same reason the seeds of rank 0 are those of a lone process.
     """
     return (np.random.SeedSequence(key).generate_state(n, np.uint64) >> 1).tolist()
 
 
-def batches(split, batch_size, seed=None, epoch=None):
+def batches(split, batch_size, seed=None, epoch=None, *, first=0, rank=0, world=1):
     """Yield (images uint8 (b, 28, 28), labels int64 (b,)) on the split's device, each image once.
 
-    With a seed, in the order of the permutation of (seed, epoch); without, in the order of the files.
+    With a seed, in the order of the permutation of (seed, epoch); without, in the order of the files. The first
+    `first` batches are passed over. Of `world` processes, the one of that rank gets its share of every batch.
     """
     n, device = len(split.labels), split.labels.device
     if seed is None:
@@ -134,28 +145,34 @@ def batches(split, batch_size, seed=None, epoch=None):
     else:  # drawn on the CPU, so that every device sees the same order
         generator = torch.Generator().manual_seed(derive_seeds(seed, epoch)[0])
         order = torch.randperm(n, generator=generator).to(device)
-    for index in order.split(batch_size):  # index_select copies whole images: six times as fast as indexing
+    for index in order.split(batch_size)[first:]:  # index_select copies whole images: six times as fast as indexing
+        index = index[share(len(index), rank, world)]
         yield split.images.index_select(0, index), split.labels.index_select(0, index)
 
 
-def augment(images, *, flip=False, shift=0, erase=0):
+def share(n, rank, world):
+    """The slice of n things that falls to one of `world` processes: together each once, in sizes that differ by one."""
+    return slice(n * rank // world, n * (rank + 1) // world)
+
+
+def augment(images, *, flip=False, shift=0, erase=0, n=None, part=slice(None)):
     """Alter each image uint8 (b, 28, 28) in its own way, drawn from the default generator of its device.
 
     flip mirrors half of them; shift moves them by up to so many pixels along both axes, black coming in; erase
     blackens a square of so many pixels a side around any pixel, cut off at the border (cutout: DeVries and Taylor
-    2017, arXiv:1708.04552).
+    2017, arXiv:1708.04552). Where the images are a part of a batch of n, what is drawn is what the whole would get.
     """
-    n, size, device = len(images), images.shape[-1], images.device
+    n, size, device = n or len(images), images.shape[-1], images.device
     if flip:
-        chosen = torch.rand(n, 1, 1, device=device) < 0.5
+        chosen = torch.rand(n, 1, 1, device=device)[part] < 0.5
         images = torch.where(chosen, images.flip(2), images)
     if shift:
         windows = F.pad(images, (shift,) * 4).unfold(1, size, 1).unfold(2, size, 1)  # every position, without a copy
-        down, right = torch.randint(2 * shift + 1, (2, n), device=device)
-        images = windows[torch.arange(n, device=device), down, right]
+        down, right = torch.randint(2 * shift + 1, (2, n), device=device)[:, part]
+        images = windows[torch.arange(len(images), device=device), down, right]
     if erase:
         place = torch.arange(size, device=device)
-        rows, columns = torch.randint(size, (2, n, 1), device=device) - erase // 2
+        rows, columns = torch.randint(size, (2, n, 1), device=device)[:, part] - erase // 2
         in_rows, in_columns = ((start <= place) & (place < start + erase) for start in (rows, columns))
         images = images.masked_fill(in_rows.unsqueeze(2) & in_columns.unsqueeze(1), 0)
     return images

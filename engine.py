@@ -7,13 +7,13 @@ import contextlib
 import ctypes
 import os
 import time
-from functools import partial
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import CLASSES, UserError, augment, batches, derive_seeds, normalise
+import distributed
+from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share
 from optim import NATIVE_BFLOAT16, build_optimizers, rate, set_rates
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
@@ -23,7 +23,9 @@ MALLOPT = {  # of <malloc.h>: option, value in bytes
     "M_TOP_PAD": (-2, 2**28),
     "M_MMAP_THRESHOLD": (-3, 2**30),
 }
+DEVICES = ("cpu", "cuda", "mps")
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
+COUNTERS = ("epoch", "step", "loss", "correct", "seconds")  # of a Training, kept in its state_dict
 
 
 class TrainingError(UserError):
@@ -33,12 +35,20 @@ class TrainingError(UserError):
 def pick_device(name):
     """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
 
+    Of several processes on a machine each gets a GPU of its own.
     Raises TrainingError when PyTorch does not know the device or this machine lacks it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if name == "cuda" and processes > 1:
+        if processes > gpus:
+            raise TrainingError(f"{processes} processes on this machine need as many GPUs; it has {gpus}")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
+        if device.type not in DEVICES:
+            raise TrainingError(f"device {name!r} cannot be used: the kinds are {', '.join(DEVICES)}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TrainingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -78,61 +88,157 @@ def keep_freed_memory():
             libc.mallopt(option, value)
 
 
-def prepare(model, recipe):
-    """Set the model's dropout and return the optimisers, as the recipe says."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
-            module.p = recipe.dropout
-    return build_optimizers(model, recipe)
+class Training:
+    """One run of a recipe, which can be saved whenever it tells its progress and then goes on to the same bits.
 
-
-def train_one_epoch(
-    model, split, optimizers, recipe, *, seed, epoch, precision=torch.float32, scaler=None, progress=None
-):
-    """One pass over the split, in the order of (seed, epoch), minimising the cross-entropy.
-
-    precision is the dtype of autocast, scaler the GradScaler that float16 needs, which lives through all epochs.
-    progress(images, loss, accuracy) is called every CHECK_EVERY steps and after the last with the number of
-    images since its last call and the epoch's means so far.
-    Returns {"loss" in nats, "accuracy", "images_per_second"}, means over the epoch as it went along, dropout,
-    augmentation and label smoothing on.
-    Raises TrainingError when the loss is not finite.
+    Trains `model` on the split `train` and measures it after every epoch on the split `select`, where there is one.
+    Among several processes (distributed.py) each takes its share of every batch, and the figures are those of all.
+    epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
+    correct and seconds are this epoch's so far.
     """
-    model.train()
-    start = time.perf_counter()
-    device = split.labels.device
-    steps = -(-len(split.labels) // recipe.batch_size)
-    total_loss = correct = seen = 0
-    recent = []  # (loss, logits, labels) of steps not yet counted: counting many at once keeps a step short
-    reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
-    seeds = derive_seeds(seed, epoch, n=steps + 1)
-    for step, (images, labels) in enumerate(batches(split, recipe.batch_size, seed, epoch), 1):
-        reseed(seeds[step])  # for augmentation and dropout
-        images = normalise(augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase), precision)
-        set_rates(optimizers, rate(recipe, (epoch - 1) * steps + step - 1, recipe.epochs * steps))
-        with contextlib.nullcontext() if precision is torch.float32 else torch.autocast(device.type, precision):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        model.zero_grad()
-        (scaler.scale(loss) if scaler else loss).backward()
-        for optimizer in optimizers:
-            scaler.step(optimizer) if scaler else optimizer.step()
-        if scaler:
-            scaler.update()
-        recent.append((loss.detach(), logits.detach(), labels))
-        if step % CHECK_EVERY == 0 or step == steps:
-            losses, recent_logits, recent_labels = zip(*recent, strict=True)
-            sizes = torch.tensor([len(batch) for batch in recent_labels])
-            total_loss += (torch.stack(losses).cpu().double() * sizes).sum().item()
-            correct += (torch.cat(recent_logits).argmax(1) == torch.cat(recent_labels)).sum().item()
-            counted = int(sizes.sum())
-            seen += counted
+
+    def __init__(self, model, train, select, recipe, *, seed, precision=torch.float32):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
+                module.p = recipe.dropout
+        self.model, self.train, self.select, self.recipe = model, train, select, recipe
+        self.seed, self.precision = seed, precision
+        self.optimizers = build_optimizers(model, recipe)
+        self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
+        self.steps = -(-len(train.labels) // recipe.batch_size)
+        self.network = distributed.wrap(model)
+        self.epoch = 1
+        self._begin_epoch()
+
+    def _begin_epoch(self):
+        self.step = self.correct = 0
+        self.loss = self.seconds = 0.0
+
+    @property
+    def finished(self):
+        return self.epoch > self.recipe.epochs
+
+    def run(self, progress=None, stop=None):
+        """Train what is left; after each epoch yield its row.
+
+        progress(images, loss, accuracy) is called every CHECK_EVERY steps and after an epoch's last, with the number
+        of images since its last call and the epoch's means so far. stop() is asked then too: once it is true, in any
+        of the processes, the run ends, as far as it has come.
+        Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "seconds",
+        "images_per_second"}: losses in nats, those of training as means over the epoch as it went along, dropout,
+        augmentation and label smoothing on; seconds of the whole epoch with its evaluation, images per second of the
+        training alone; without the select pair where nothing selects.
+        Raises TrainingError when a loss is not finite.
+        """
+        while not self.finished:
+            stopped = self._train_epoch(progress, stop)
+            if self.step < self.steps:
+                return
+            start, n = time.perf_counter(), len(self.train.labels)
+            row = {"epoch": self.epoch, "train_loss": self.loss / n, "train_accuracy": self.correct / n}
+            if self.select:
+                loss, accuracy = loss_and_accuracy(predict_logits(self.model, self.select), self.select.labels.cpu())
+                _check_finite(loss, f"the evaluation after epoch {self.epoch}")
+                row |= {"select_loss": loss, "select_accuracy": accuracy}
+            row["seconds"] = self.seconds + time.perf_counter() - start
+            row["images_per_second"] = n / self.seconds
+            self.epoch += 1
+            self._begin_epoch()
+            yield row
+            if stopped:
+                return
+
+    def _train_epoch(self, progress, stop):
+        """Take the epoch's steps from where it stands. Returns whether a stop was asked for, which cuts it short."""
+        start = time.perf_counter()
+        seeds = derive_seeds(self.seed, self.epoch, n=self.steps + 1)
+        own_seeds = derive_seeds(self.seed, self.epoch, distributed.rank(), n=self.steps + 1)
+        order = {"first": self.step, "rank": distributed.rank(), "world": distributed.world()}
+        recent = []  # of steps not yet counted: counting many at once keeps a step short
+        seen = self.step * self.recipe.batch_size
+        self.model.train()
+        for images, labels in batches(self.train, self.recipe.batch_size, self.seed, self.epoch, **order):
+            recent.append(self._step(images, labels, seeds[self.step + 1], own_seeds[self.step + 1]))
+            self.step += 1
+            if self.step % CHECK_EVERY and self.step < self.steps:
+                continue
+            stopped = self._count(recent, stop)
             recent.clear()
-            mean_loss, accuracy = total_loss / seen, correct / seen
-            _check_finite(mean_loss, f"epoch {epoch}, at or shortly before step {step} of {steps}")
+            before, seen = seen, min(self.step * self.recipe.batch_size, len(self.train.labels))
+            now = time.perf_counter()
+            self.seconds, start = self.seconds + now - start, now
+            loss, accuracy = self.loss / seen, self.correct / seen
+            _check_finite(loss, f"epoch {self.epoch}, at or shortly before step {self.step} of {self.steps}")
             if progress:
-                progress(counted, mean_loss, accuracy)
-    return {"loss": mean_loss, "accuracy": accuracy, "images_per_second": seen / (time.perf_counter() - start)}
+                progress(seen - before, loss, accuracy)
+            if stopped:
+                return True
+        return False
+
+    def _step(self, images, labels, seed, own_seed):
+        """Train on this process's share of a batch. Returns loss, the number of images it is a mean of, logits, labels.
+
+        With several processes the loss is such that its mean over them, whose gradient they all get, is the mean over
+        the images of the whole batch, whoever has more of them.
+        """
+        recipe, device, rank, world = self.recipe, labels.device, distributed.rank(), distributed.world()
+        batch = min(recipe.batch_size, len(self.train.labels) - self.step * recipe.batch_size)
+        reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
+        reseed(seed)
+        part = share(batch, rank, world)
+        images = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
+        images = normalise(images, self.precision)
+        if rank:
+            reseed(own_seed)  # other images, other dropout
+        done = (self.epoch - 1) * self.steps + self.step
+        set_rates(self.optimizers, rate(recipe, done, recipe.epochs * self.steps))
+        autocast = self.precision is not torch.float32
+        with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
+            logits = self.network(images)
+        smoothing = {"label_smoothing": recipe.label_smoothing}
+        if world == 1:
+            loss = F.cross_entropy(logits.float(), labels, **smoothing)
+        else:
+            loss = F.cross_entropy(logits.float(), labels, **smoothing, reduction="sum") * (world / batch)
+        self.model.zero_grad()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        return loss.detach(), batch / world, logits.detach(), labels
+
+    def _count(self, recent, stop):
+        """Add what _step returned, of several steps and all processes, to the sums. Returns whether any is to stop."""
+        losses, sizes, logits, labels = zip(*recent, strict=True)
+        loss = (torch.stack(losses).cpu().double() * torch.tensor(sizes, dtype=torch.double)).sum().item()
+        correct = (torch.cat(logits).argmax(1) == torch.cat(labels)).sum().item()
+        loss, correct, asked = distributed.add_up(loss, correct, stop is not None and stop())
+        self.loss += loss
+        self.correct += int(correct)
+        return asked > 0
+
+    def state_dict(self):
+        """What the run hangs on at this point, its own tensors: plain values and tensors for torch.save."""
+        return {
+            "weights": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "scaler": self.scaler and self.scaler.state_dict(),
+            **{key: getattr(self, key) for key in COUNTERS},
+        }
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict of the same model, recipe and data.
+
+        Raises KeyError, TypeError, ValueError or RuntimeError when it is of others.
+        """
+        self.model.load_state_dict(state["weights"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        for key in COUNTERS:
+            setattr(self, key, type(getattr(self, key))(state[key]))
 
 
 def _check_finite(loss, where):
@@ -140,45 +246,16 @@ def _check_finite(loss, where):
         raise TrainingError(f"the loss became {loss} in {where}: try a smaller --lr")
 
 
-def fit(model, train, select, recipe, *, seed, precision=torch.float32, progress=None):
-    """Train by a recipe; after each epoch, yield what it gave on the split `select`, where there is one.
-
-    Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "seconds",
-    "images_per_second"}: losses in nats, seconds of the whole epoch with its evaluation, images per second of
-    the training alone; without the second pair where select is None. progress is that of train_one_epoch, with
-    the epoch put first.
-    """
-    optimizers = prepare(model, recipe)
-    scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
-    for epoch in range(1, recipe.epochs + 1):
-        start = time.perf_counter()
-        trained = train_one_epoch(
-            model,
-            train,
-            optimizers,
-            recipe,
-            seed=seed,
-            epoch=epoch,
-            precision=precision,
-            scaler=scaler,
-            progress=partial(progress, epoch) if progress else None,
-        )
-        row = {"epoch": epoch, "train_loss": trained["loss"], "train_accuracy": trained["accuracy"]}
-        if select:
-            loss, accuracy = loss_and_accuracy(predict_logits(model, select), select.labels.cpu())
-            _check_finite(loss, f"the evaluation after epoch {epoch}")
-            row |= {"select_loss": loss, "select_accuracy": accuracy}
-        yield row | {
-            "seconds": time.perf_counter() - start,
-            "images_per_second": trained["images_per_second"],
-        }
-
-
 @torch.inference_mode()
 def predict_logits(model, split, batch_size=EVALUATION_BATCH):
     """Logits float32 (n, 10) on the CPU, in the split's order, with the model in evaluation mode."""
     model.eval()
-    return torch.cat([model(normalise(images)) for images, _ in batches(split, batch_size)]).float().cpu()
+    rank, world = distributed.rank(), distributed.world()
+    logits = [
+        model(normalise(images)).float() if number % world == rank else images.new_zeros(len(images), len(CLASSES))
+        for number, (images, _) in enumerate(batches(split, batch_size))
+    ]
+    return distributed.sum_tensor(torch.cat(logits)).cpu()
 
 
 def loss_and_accuracy(logits, labels):

@@ -40,31 +40,22 @@ class Ours:
         import recipes
 
         engine.keep_freed_memory()
-        self.engine, self.seed, self.epoch = engine, seed, 0
-        self.recipe = recipes.find(recipe, model)
+        self.engine = engine
+        recipe = recipes.find(recipe, model)
         changes = {"epochs": epochs, "precision": precision}
-        self.recipe = self.recipe._replace(**{key: value for key, value in changes.items() if value})
-        if self.recipe.fused:
+        recipe = recipe._replace(**{key: value for key, value in changes.items() if value})
+        if recipe.fused:
             kernels.load()
-        self.train, self.test = data.load("train+val", "test", data_dir=options["data_dir"])
-        index = torch.arange(images) % len(self.train.labels)
-        self.train = self.train._replace(images=self.train.images[index], labels=self.train.labels[index])
-        self.precision = engine.pick_precision(self.recipe.precision, torch.device("cpu"))
+        train, self.test = data.load("train+val", "test", data_dir=options["data_dir"])
+        index = torch.arange(images) % len(train.labels)
+        train = train._replace(images=train.images[index], labels=train.labels[index])
         torch.manual_seed(*data.derive_seeds(seed))
         self.model = models.build(model)
-        self.optimizers = engine.prepare(self.model, self.recipe)
+        precision = engine.pick_precision(recipe.precision, torch.device("cpu"))
+        self.rows = engine.Training(self.model, train, None, recipe, seed=seed, precision=precision).run()
 
     def train_epoch(self):
-        self.epoch += 1
-        self.engine.train_one_epoch(
-            self.model,
-            self.train,
-            self.optimizers,
-            self.recipe,
-            seed=self.seed,
-            epoch=self.epoch,
-            precision=self.precision,
-        )
+        next(self.rows)
 
     def accuracy(self):
         return self.engine.loss_and_accuracy(self.engine.predict_logits(self.model, self.test), self.test.labels)[1]

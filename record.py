@@ -1,27 +1,45 @@
-"""The record of a run: its best epoch's checkpoint and, beside it, a JSON history of all its epochs.
+"""The record of a run: its best epoch's checkpoint, a JSON history of its epochs, and what it takes to go on with it.
 
-Both are written after every epoch, whole or not at all, so a run that is cut off leaves what it had.
+    checkpoints/best_cnn_fmnist.pt         the best epoch so far   \\ written after every epoch
+    checkpoints/best_cnn_fmnist.json       the history             /
+    checkpoints/unfinished_cnn_fmnist.pt   all of the run, written every so many seconds; gone when it has finished
+
+Each is written whole or not at all, so a run that is cut off at any moment leaves what it had.
 """
 
+import contextlib
 import json
+import os
+import platform
 import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import checkpoint
+from data import UserError
+
+FORMAT = "fmnist-unfinished-1"
+ENVIRONMENT = ("device", "processes", "threads", "kernels", "versions", "git")  # what else the last bits hang on
+
+
+class RunError(UserError):
+    """A run that cannot be begun or gone on with."""
 
 
 class Record:
     """Keeps the best epoch of one run at `path`, and an earlier run's checkpoint there under another name.
 
-    best_weights is the state_dict of the best epoch so far, kept is where an earlier checkpoint went.
+    best_weights is the state_dict of the best epoch so far, kept is where an earlier checkpoint went. The figures in
+    the history are those of the run however often it was interrupted; only the times tell, and "resumed", a list.
     """
 
-    def __init__(self, path, *, model, seed, flags, data, train_images, select_images, device):
+    def __init__(self, path, *, model, seed, flags, data, train_images, select_images, environment):
         self.path = Path(path)
         self.best_weights = self.kept = None
-        self._started = time.perf_counter()
+        self._best_content = None  # the bytes of the best checkpoint
+        self._seconds, self._started = 0.0, time.monotonic()
         self.history = {
             "model": model,
             "status": "running",  # then "finished", "interrupted" or "failed"
@@ -30,10 +48,8 @@ class Record:
             "data": data,
             "train_images": train_images,
             "select_images": select_images,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "versions": checkpoint.versions(),
-            "git": checkpoint.git_revision(),
+            **environment,
+            "resumed": [],  # for each time, the epoch and step it went on from and what of the environment had changed
             "checkpoint": self.path.name,
             "checkpoint_sha256": None,  # of the file; tells whether the two still belong together
             "best_epoch": None,
@@ -48,21 +64,24 @@ class Record:
         number = self.history["best_epoch"]
         return number and self.history["epochs"][number - 1]
 
+    @property
+    def seconds(self):
+        """Seconds of training so far, in this process and those before it, whatever becomes of the clock."""
+        return self._seconds + time.monotonic() - self._started
+
     def add_epoch(self, model, row):
-        """Take in a row of engine.fit; save the model if it is the best so far, of equals the earlier one.
+        """Take in a row of Training.run; save the model if it is the best so far, of equals the earlier one.
 
         Where nothing selects, the last epoch is the best. Returns whether this one is.
         """
         self.history["epochs"].append(row)
-        self.history["training_seconds"] = time.perf_counter() - self._started
         best = self.best_epoch
         is_best = not best or "select_accuracy" not in row or row["select_accuracy"] > best["select_accuracy"]
         if is_best:
-            if not self.best_epoch:
+            if not best and not self._left_by_this_run():
                 self.kept = keep_aside(self.path)
             self.best_weights = {key: value.clone() for key, value in model.state_dict().items()}
-            self.history["checkpoint_sha256"] = checkpoint.save(
-                self.path,
+            self._best_content = checkpoint.serialise(
                 model,
                 name=self.history["model"],
                 epoch=row["epoch"],
@@ -71,18 +90,55 @@ class Record:
                 seed=self.history["seed"],
                 data=self.history["data"],
             )
+            self.history["checkpoint_sha256"] = checkpoint.write_atomically(self.path, self._best_content)
             self.history["best_epoch"] = row["epoch"]
         self._write()
         return is_best
 
-    def end(self, status, test=None):
+    def save(self, training, fingerprint):
+        """Write all that resume() needs: of an engine.Training, this record, and the data's fingerprint."""
+        self.history["training_seconds"] = self.seconds
+        content = {
+            "format": FORMAT,
+            "history": _to_tensor(json.dumps(self.history).encode()),
+            "best": self._best_content and _to_tensor(self._best_content),
+            "kept": self.kept and self.kept.name,
+            "fingerprint": fingerprint,
+            "training": training.state_dict(),
+        }
+        checkpoint.write_atomically(unfinished_path(self.path), checkpoint.to_bytes(content))
+
+    def resume(self, saved):
+        """Go back to where `saved`, of load_unfinished, was: the history, the best checkpoint's file and all.
+
+        Returns what has changed since of the environment, as {name: (before, now)}.
+        """
+        before, now = saved["history"], self.history
+        changed = {key: (before[key], now[key]) for key in ENVIRONMENT if before[key] != now[key]}
+        place = {key: saved["training"][key] for key in ("epoch", "step")}
+        resumed = [*before["resumed"], place | {key: new for key, (_, new) in changed.items()}]
+        self.history = before | {"status": "running", "resumed": resumed}
+        self._seconds, self._started = before["training_seconds"], time.monotonic()
+        self.kept = saved["kept"] and self.path.with_name(saved["kept"])
+        if saved["best"] is not None:
+            if not self._left_by_this_run():
+                keep_aside(self.path)
+            self._best_content = saved["best"].numpy().tobytes()
+            self.best_weights = checkpoint.from_bytes(self._best_content)["weights"]
+            checkpoint.write_atomically(self.path, self._best_content)
+            self._write()
+        return changed
+
+    def end(self, status):
         """Close the record. A checkpoint kept aside that turns out to be the same to the bit is not kept twice.
 
         Returns whether that was so.
         """
-        self.history |= {"status": status, "test": test}
+        self.history["status"] = status
         if self.best_epoch:
             self._write()
+        if status != "interrupted":
+            unfinished_path(self.path).unlink(missing_ok=True)
         if self.kept and self.kept.exists() and self.kept.read_bytes() == self.path.read_bytes():
             self.kept.unlink()
             history_path(self.kept).unlink(missing_ok=True)
@@ -90,7 +146,82 @@ class Record:
         return False
 
     def _write(self):
+        self.history["training_seconds"] = self.seconds
         checkpoint.write_json(history_path(self.path), self.history)
+
+    def _left_by_this_run(self):
+        """Whether the files at the path are of this very run, from before it was resumed."""
+        if not self.history["resumed"]:
+            return False
+        try:
+            history = json.loads(history_path(self.path).read_text())
+            info = checkpoint.load(self.path)[1]
+            same = all(history[key] == self.history[key] == info[key] for key in ("model", "seed", "flags", "data"))
+            return same and history["status"] != "finished"
+        except (OSError, ValueError, KeyError, TypeError, UserError):
+            return False
+
+
+def _to_tensor(content):
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def environment(device, *, processes, fused):
+    """What the bits of a run hang on beside its flags and its data."""
+    return {
+        "device": str(device),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "kernels": "fused" if fused else "PyTorch",
+        "versions": checkpoint.versions(),
+        "git": checkpoint.git_revision(),
+    }
+
+
+@contextlib.contextmanager
+def sole_writer(path):
+    """Hold the place of this checkpoint for one training, and clear away what a killed one left half-written.
+
+    Raises RunError when another training holds it.
+    """
+    path = Path(path)
+    file = path.with_name(f".{path.stem}.lock")
+    try:
+        lock = FileLock(file).acquire(blocking=False)
+    except Timeout:
+        raise RunError(
+            f"another training ({file.read_text() or 'just begun'}) is writing {path}: wait for its end, or give this "
+            "one a --checkpoint-dir of its own"
+        ) from None
+    with lock:
+        file.write_text(f"process {os.getpid()} on {platform.node()}")
+        for name in (path.name, history_path(path).name, unfinished_path(path).name):
+            for left_behind in path.parent.glob(f".{name}.*.tmp"):
+                left_behind.unlink()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def unfinished_path(path):
+    """Where the run that writes the checkpoint best_X.pt saves itself while it is unfinished: unfinished_X.pt."""
+    path = Path(path)
+    return path.with_name("unfinished_" + path.name.removeprefix("best_"))
+
+
+def load_unfinished(path):
+    """What Record.save wrote of the run that writes this checkpoint, or None where no run is unfinished.
+
+    Raises checkpoint.CheckpointError when the file is damaged or something else.
+    """
+    path = unfinished_path(path)
+    if not path.exists():
+        return None
+    saved = checkpoint.read(path)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise checkpoint.CheckpointError(f"{path}: not an unfinished run of this version; move it away to start anew")
+    return saved | {"history": json.loads(saved["history"].numpy().tobytes())}
 
 
 def history_path(path):

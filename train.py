@@ -3,9 +3,16 @@
 python train.py --model cnn                 # 55,000 images, best epoch chosen on 5,000 validation images
 python train.py --model cnn --select test   # the published protocol: all 60,000, best epoch on the test set
 python train.py --model cnn --recipe best   # or fast: the same network, trained as recipes.py says
+python train.py --model cnn --resume        # go on with a run that was cut off, to the same bits
+torchrun --nproc-per-node=2 --max-restarts=3 train.py --model cnn   # in two processes, resumed when one fails
 """
 
+import contextlib
+import functools
 import importlib.util
+import os
+import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -32,7 +39,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--recipe",
         choices=("published", "fast", "best"),
-        default="published",
         help="how to train, a row of recipes.py: as published (default), in the least time to the published accuracy "
         "(fast), or to the highest accuracy in ten minutes (best)",
     )
@@ -44,13 +50,12 @@ def parse_args(argv=None):
         type=cli.positive_number,
         help="learning rate of Adam, or of Muon with fast and best (default: the recipe's)",
     )
-    parser.add_argument("--batch-size", type=cli.whole_number(1, 60_000), help="images a step (default: the recipe's)")
     parser.add_argument(
-        "--seed",
-        type=cli.whole_number(0, 2**32 - 1),
-        default=0,
-        help="decides every random draw (default: %(default)s)",
+        "--batch-size",
+        type=cli.whole_number(1, 60_000),
+        help="images a step, in all processes together (default: the recipe's)",
     )
+    parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), help="decides every random draw (default: 0)")
     parser.add_argument(
         "--select",
         choices=SELECTION,
@@ -64,6 +69,7 @@ def parse_args(argv=None):
         help="dtype of the matrix products: auto is bfloat16 where the processor multiplies it natively, else float32 "
         "(default: the recipe's: float32 as published, else auto); float16 is for GPUs",
     )
+    parser.add_argument("--deterministic", action="store_true", help="refuse GPU operations that vary from run to run")
     parser.add_argument(
         "--checkpoint-dir",
         metavar="DIR",
@@ -71,8 +77,20 @@ def parse_args(argv=None):
         default=cli.CHECKPOINTS,
         help="where to write (default: checkpoints)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run of this model there, whose flags need not be told again; if there is none, "
+        "begin one",
+    )
+    parser.add_argument(
+        "--save-every",
+        metavar="SECONDS",
+        type=cli.positive_number,
+        default=30.0,
+        help="the work that a crash may cost (default: 30)",
+    )
     parser.add_argument("--tensorboard", metavar="DIR", type=Path, help="write TensorBoard scalars below DIR")
-    parser.add_argument("--deterministic", action="store_true", help="refuse GPU operations that vary from run to run")
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -80,122 +98,211 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     # Imported only now: PyTorch takes seconds, and --help or a mistyped flag should not wait for it.
-    import torch
-    from tqdm import tqdm
-
     import data
+    import distributed
     import engine
-    import kernels
     import models
-    from record import Record, history_path
 
     if args.model not in models.MODELS:
         raise data.UserError(f"--model {args.model}: the models here are {', '.join(models.MODELS)}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise data.UserError("--tensorboard needs the package: pip install -r requirements-optional.txt")
-    recipe = chosen_recipe(args)
     device = engine.pick_device(args.device)
-    precision = engine.pick_precision(recipe.precision, device)
-    engine.keep_freed_memory()
-    if args.deterministic:
-        engine.make_deterministic()
+    path = args.checkpoint_dir / f"best_{args.model}_fmnist.pt"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.joined(device))
+        if distributed.rank():  # the first process speaks for all
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        plan = distributed.from_first(lambda: find_run(args, path, device, stack))
+        if not plan:
+            print(f"the run of {cli.shown(path)} has finished; without --resume, another begins")
+            return 0
+        return train(args, path, device, *plan)
+
+
+def find_run(args, path, device, stack):
+    """Claim the place of the checkpoint, and say what to do there: a run's flags, its seed, and its saved state.
+
+    The state is None for a new run. Returns None where --resume finds the run finished.
+    Raises UserError where a run is unfinished that is not to be resumed, or not with these flags.
+    """
+    import distributed
+    import engine
+    import recipes
+    from record import RunError, history_of, load_unfinished, sole_writer, unfinished_path
+
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.checkpoint_dir).close()  # now, not after an epoch, if it cannot be written
-    if recipe.fused and device.type == "cpu" and (reason := kernels.load()):
+    stack.enter_context(sole_writer(path))
+    saved = load_unfinished(path)
+    earlier = saved["history"] if saved else history_of(path)
+    resume = args.resume or distributed.restarted()
+    if saved and not resume:
+        raise RunError(
+            f"{cli.shown(unfinished_path(path))} holds an unfinished run (recipe {earlier['flags']['recipe']}, seed "
+            f"{earlier['seed']}, in epoch {saved['training']['epoch']} of {earlier['flags']['epochs']}): --resume goes "
+            "on with it; to give it up, delete that file"
+        )
+
+    name = earlier["flags"]["recipe"] if saved else args.recipe or "published"
+    recipe = recipes.find(name, args.model)
+    asked = {
+        "recipe": args.recipe,
+        "epochs": args.epochs,
+        "muon_lr" if recipe.optimizer == "muon" else "lr": args.lr,
+        "batch_size": args.batch_size,
+        "select": args.select,
+        "precision": args.precision and cli.plain(engine.pick_precision(args.precision, device)),
+        "deterministic": args.deterministic or None,
+        "seed": args.seed,
+    }
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if saved or (resume and earlier and earlier["status"] == "finished"):
+        begun = earlier["flags"] | {"seed": earlier["seed"]}
+        other = [key for key in asked if asked[key] != begun[key]]
+        if not other:
+            return (earlier["flags"], earlier["seed"], saved) if saved else None
+        if saved:
+            flag = "--lr" if other[0] == "muon_lr" else "--" + other[0].replace("_", "-")
+            raise RunError(
+                f"--resume: {flag} was {begun[other[0]]} when this run began, and {asked[other[0]]} would make it "
+                "another run: leave the flag out"
+            )
+    if args.resume:
+        print(f"train.py: no run is unfinished in {cli.shown(args.checkpoint_dir)}: one begins", file=sys.stderr)
+    seed = asked.pop("seed", 0)
+    precision = cli.plain(engine.pick_precision(recipe.precision, device))
+    return {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False} | asked, seed, None
+
+
+def train(args, path, device, flags, seed, saved):
+    """Train, from the start or from the saved state, to the end or to a stop. Returns the exit code."""
+    import torch
+    from tqdm import tqdm
+
+    import data
+    import distributed
+    import engine
+    import kernels
+    import models
+    import recipes
+    from record import Record, environment, history_path
+
+    recipe = recipes.Recipe(**{key: flags[key] for key in recipes.Recipe._fields})
+    engine.keep_freed_memory()
+    if flags["deterministic"]:
+        engine.make_deterministic()
+    fused = recipe.fused and device.type == "cpu"
+    if fused and (reason := kernels.load()):
+        fused = False
         print(f"train.py: {reason}; training goes on with PyTorch's own operations, more slowly", file=sys.stderr)
 
     names = ("train", "val", "test") if recipe.select == "val" else ("train+val", "test")
     train, *_, test = splits = [split.to(device) for split in data.load(*names, data_dir=args.data_dir)]
     select = None if recipe.select == "last" else splits[1]  # in the published protocol, the test set itself
-    torch.manual_seed(*data.derive_seeds(args.seed))
+    fingerprint = functools.cache(lambda: data.fingerprint(*splits))
+    torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(args.model).to(device)
+    precision = getattr(torch, flags["precision"])
+    training = engine.Training(model, train, select, recipe, seed=seed, precision=precision)
+    is_first, processes = distributed.rank() == 0, distributed.world()
     chosen = SELECTION[recipe.select].format(epochs=recipe.epochs, n=len(splits[1].labels))
     print(
-        f"{args.model}, recipe {args.recipe}: {models.count_parameters(model):,} parameters on {device} in "
-        f"{cli.plain(precision)}, seed {args.seed}; {len(train.labels):,} training images; {chosen}",
+        f"{args.model}, recipe {flags['recipe']}: {models.count_parameters(model):,} parameters on {device} in "
+        f"{flags['precision']}, seed {seed}; {len(train.labels):,} training images; {chosen}"
+        + f"; {processes} processes"
+        * (processes > 1),
         flush=True,
     )
     record = Record(
-        args.checkpoint_dir / f"best_{args.model}_fmnist.pt",
+        path,
         model=args.model,
-        seed=args.seed,
-        flags={
-            "recipe": args.recipe,
-            **recipe._asdict(),
-            "precision": cli.plain(precision),
-            "deterministic": args.deterministic,
-        },
+        seed=seed,
+        flags=flags,
         data=train.source,
         train_images=len(train.labels),
         select_images=len(select.labels) if select else 0,
-        device=str(device),
+        environment=environment(device, processes=processes, fused=fused),
     )
-    writer = open_tensorboard(args)
+    if saved:
+        resume(saved, training, record, fingerprint())
+    writer = open_tensorboard(args, record.history) if is_first else None
     bar = tqdm(
         total=recipe.epochs * len(train.labels),
+        initial=(training.epoch - 1) * len(train.labels) + training.step * recipe.batch_size,
         disable=None,  # where stderr is no terminal
         dynamic_ncols=True,
         bar_format="{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA {remaining}",
         unit=" images",
         unit_scale=True,
     )
+    last_look = last_save = time.monotonic()
 
-    def progress(epoch, images, loss, accuracy):
-        bar.set_description_str(f"epoch {epoch}/{recipe.epochs}  loss {loss:.4f}  acc {accuracy:.2%}", refresh=False)
+    def progress(images, loss, accuracy):
+        nonlocal last_look, last_save
+        told = f"epoch {training.epoch}/{recipe.epochs}  loss {loss:.4f}  acc {accuracy:.2%}"
+        bar.set_description_str(told, refresh=False)
         bar.update(images)
+        now = time.monotonic()
+        if now - last_save + (now - last_look) > args.save_every:  # at the next look it would be too late
+            save()
+            last_save = time.monotonic()
+        last_look = now
+
+    def save():
+        if is_first:
+            record.save(training, fingerprint())
 
     def say(line):
         tqdm.write(line)  # above the bar
         sys.stdout.flush()
 
-    status = "failed"
-    try:
-        say(header(recipe))
-        for row in engine.fit(model, train, select, recipe, seed=args.seed, precision=precision, progress=progress):
-            is_best = record.add_epoch(model, row)
-            if row["epoch"] == 1 and record.kept:
-                say(f"      the earlier {record.path.stem}{record.kept.suffix} is kept as {cli.shown(record.kept)}")
-            say(
-                table_line(row, record.history["training_seconds"], recipe.epochs)
-                + " best" * (is_best and select is not None)
-            )
+    status, unchanged = "interrupted", False
+    with cli.StopSignals() as signals:
+        try:
+            say(header(recipe))
+            for row in training.run(progress, stop=lambda: signals.code is not None):
+                is_best = is_first and record.add_epoch(model, row)
+                if row["epoch"] == 1 and record.kept:
+                    say(f"      the earlier {path.stem}{record.kept.suffix} is kept as {cli.shown(record.kept)}")
+                say(table_line(row, record.seconds, recipe.epochs) + " best" * (is_best and select is not None))
+                if writer:
+                    write_scalars(writer, row, recipe.select)
+            if training.finished:
+                model.load_state_dict(distributed.from_first(lambda: record.best_weights))
+                logits = engine.predict_logits(model, test)
+                loss, accuracy = engine.loss_and_accuracy(logits, test.labels.cpu())
+                interval = engine.wilson_interval(round(accuracy * len(logits)), len(logits))
+                record.history["test"] = {
+                    "n": len(logits), "accuracy": accuracy, "accuracy_ci95": interval, "loss": loss
+                }  # fmt: skip
+                status = "finished"
+            else:
+                save()
+        except engine.TrainingError:
+            status = "failed"
+            raise
+        finally:
+            bar.close()
+            if is_first:
+                unchanged = record.end(status)
             if writer:
-                for key in row.keys() - {"epoch"}:
-                    writer.add_scalar(key.replace("select", recipe.select), row[key], row["epoch"])
-        model.load_state_dict(record.best_weights)
-        logits = engine.predict_logits(model, test)
-        loss, accuracy = engine.loss_and_accuracy(logits, test.labels.cpu())
-        interval = engine.wilson_interval(round(accuracy * len(logits)), len(logits))
-        status = "finished"
-        unchanged = record.end(
-            status, {"n": len(logits), "accuracy": accuracy, "accuracy_ci95": interval, "loss": loss}
-        )
-    except KeyboardInterrupt:
-        status = "interrupted"
-    finally:
-        bar.close()
-        if status != "finished":
-            record.end(status)
-        if writer:
-            writer.close()
+                writer.close()
 
-    best = record.best_epoch
-    if not best:
-        print("interrupted before the first epoch ended: nothing was written", file=sys.stderr)
-        return 130
-    kept = (
-        f"best epoch {best['epoch']} ({recipe.select} accuracy {best['select_accuracy']:.2%})"
-        if select
-        else f"epoch {best['epoch']}"
-    )
-    print(f"{kept} is in {cli.shown(record.path)}, the history in {cli.shown(history_path(record.path))}")
+    best, files = record.best_epoch, f"{cli.shown(path)}, the history in {cli.shown(history_path(path))}"
+    if best and select:
+        print(f"best epoch {best['epoch']} ({recipe.select} accuracy {best['select_accuracy']:.2%}) is in {files}")
+    elif best:
+        print(f"epoch {best['epoch']} is in {files}")
     if status == "interrupted":
         print(
-            f"interrupted in epoch {len(record.history['epochs']) + 1}; to test what there is: "
-            f"python evaluate.py {cli.shown(record.path)}",
+            f"interrupted {place(training)}, and saved; to go on with it: {resume_command(args)}"
+            + f"; to test what there is: python evaluate.py {cli.shown(path)}" * (best is not None),
             file=sys.stderr,
         )
-        return 130
+        return signals.code or 128 + signal.SIGTERM  # where another process was told
     if unchanged:
         print("it is the same to the bit as the earlier one, which is therefore not kept twice")
     print(
@@ -205,20 +312,47 @@ def main(argv=None):
     return 0
 
 
-def chosen_recipe(args):
-    """The recipe named by --recipe, with what other flags change of it."""
-    import recipes
+def resume(saved, training, record, fingerprint):
+    """Take training and record to where the saved run was, and tell so, and what may now keep it from the same bits.
 
-    recipe = recipes.find(args.recipe, args.model)
-    rate = "muon_lr" if recipe.optimizer == "muon" else "lr"
-    asked = {
-        "epochs": args.epochs,
-        rate: args.lr,
-        "batch_size": args.batch_size,
-        "select": args.select,
-        "precision": args.precision,
-    }
-    return recipe._replace(**{key: value for key, value in asked.items() if value is not None})
+    Raises UserError where the data are others, or where the state does not fit.
+    """
+    import distributed
+    from record import RunError, unfinished_path
+
+    unfinished = cli.shown(unfinished_path(record.path))
+    if saved["fingerprint"] != fingerprint:
+        raise RunError(
+            f"the images are not those {unfinished} began with: give back its --data-dir, or delete it to start anew"
+        )
+    try:
+        training.load_state_dict(saved["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{unfinished} does not fit the {record.history['model']}: {cli.one_line(error)}") from None
+    if distributed.rank() == 0:
+        for key, (before, now) in record.resume(saved).items():
+            print(
+                f"train.py: {key} changed from {before} to {now} since the run began: its last bits may not be those "
+                "of an uninterrupted one",
+                file=sys.stderr,
+            )
+    print(f"resumed {place(training)}", flush=True)
+
+
+def place(training):
+    if training.step:
+        return f"in epoch {training.epoch}, after step {training.step} of {training.steps}"
+    return f"after epoch {training.epoch - 1}"
+
+
+def resume_command(args):
+    """The command that goes on with this run, as a user would type it here."""
+    words = ["python", "train.py", "--model", args.model, "--resume"]
+    if args.checkpoint_dir != cli.CHECKPOINTS:
+        words += ["--checkpoint-dir", cli.shown(args.checkpoint_dir)]
+    if args.data_dir:
+        words += ["--data-dir", args.data_dir]
+    return shlex.join(words)
 
 
 def header(recipe):
@@ -235,13 +369,22 @@ def table_line(row, elapsed, epochs):
     )
 
 
-def open_tensorboard(args):
-    """A SummaryWriter in a folder of the run's own below --tensorboard, or None."""
+def open_tensorboard(args, history):
+    """A SummaryWriter in a folder of its own below --tensorboard, with the epochs so far, or None."""
     if not args.tensorboard:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(args.tensorboard / f"{args.model}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = f"{history['model']}-seed{history['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    writer = SummaryWriter(args.tensorboard / name)
+    for row in history["epochs"]:
+        write_scalars(writer, row, history["flags"]["select"])
+    return writer
+
+
+def write_scalars(writer, row, select):
+    for key in row.keys() - {"epoch"}:
+        writer.add_scalar(key.replace("select", select), row[key], row["epoch"])
 
 
 if __name__ == "__main__":

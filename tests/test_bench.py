@@ -27,7 +27,7 @@ def test_operations_of_a_training_step_are_those_by_hand():
     "program",
     [
         {"program": "ours", "recipe": "published"},
-        {"program": "ours", "recipe": "fast", "images": 2_500, "epochs": 20},
+        {"program": "ours", "recipe": "fast", "images": 2_500},
         {"program": "tutorial"},
         {"program": "tutorial", "workers": 2},
         {"program": "scikit-learn"},
@@ -36,7 +36,7 @@ def test_operations_of_a_training_step_are_those_by_hand():
 )
 def test_every_peer_learns(program, sample, tmp_path):
     bench.write_for_torchvision(tmp_path, {"train": sample["train+val"], "t10k": sample["test"]})
-    common = {"model": "mlp", "threads": 2, "data_dir": str(SAMPLE), "torchvision_dir": str(tmp_path)}
+    common = {"model": "mlp", "epochs": 20, "threads": 2, "data_dir": str(SAMPLE), "torchvision_dir": str(tmp_path)}
     worker = bench.Worker(**program, **common)
     assert all(0 < worker.ask("epoch")["seconds"] < 60 for _ in range(20))
     assert worker.ask("test")["accuracy"] > 0.6

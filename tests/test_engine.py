@@ -23,7 +23,7 @@ def train(sample, name="cnn", seed=0, epochs=3, **changes):
     torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(name)
     recipe = recipes.find("published", name)._replace(**{"epochs": epochs, "batch_size": 32} | changes)
-    return model, list(engine.fit(model, sample["train"], sample["val"], recipe, seed=seed))
+    return model, list(engine.Training(model, sample["train"], sample["val"], recipe, seed=seed).run())
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -47,18 +47,16 @@ def test_the_reported_training_figures_are_those_of_the_steps(sample):
     """With a learning rate of almost nothing the epoch's means are those of the fixed model."""
     torch.manual_seed(0)
     model = models.build("mlp")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     told = []
-    recipe = recipes.Recipe(epochs=1, batch_size=7, lr=1e-30)
-    row = engine.train_one_epoch(
-        model, sample["train"], [optimizer], recipe, seed=0, epoch=1, progress=lambda *now: told.append(now)
-    )
+    training = engine.Training(model, sample["train"], None, recipes.Recipe(epochs=1, batch_size=7), seed=0)
+    training.optimizers = [torch.optim.SGD(model.parameters(), lr=1e-30)]
+    row = next(training.run(progress=lambda *now: told.append(now)))
     logits = engine.predict_logits(model, sample["train"])
     loss, accuracy = engine.loss_and_accuracy(logits, sample["train"].labels)
-    assert row["loss"] == pytest.approx(loss, rel=1e-5)
-    assert row["accuracy"] == accuracy
+    assert row["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["train_accuracy"] == accuracy
     assert sum(images for images, _, _ in told) == len(logits)
-    assert told[-1][1:] == (row["loss"], row["accuracy"])
+    assert told[-1][1:] == (row["train_loss"], row["train_accuracy"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(sample):
@@ -72,7 +70,7 @@ def test_bfloat16_is_close_to_float32_and_quicker_recipes_learn_in_it(sample, fu
     for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = models.build("cnn")
-        rows = list(engine.fit(model, sample["train"], None, recipe, seed=0, precision=precision))
+        rows = list(engine.Training(model, sample["train"], None, recipe, seed=0, precision=precision).run())
         assert "select_accuracy" not in rows[-1]
         losses[precision] = [row["train_loss"] for row in rows]
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -80,11 +78,11 @@ def test_bfloat16_is_close_to_float32_and_quicker_recipes_learn_in_it(sample, fu
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
 
 
-def test_dropout_is_the_recipes_or_else_the_models_own():
+def test_dropout_is_the_recipes_or_else_the_models_own(sample):
     model = models.build("cnn")
-    engine.prepare(model, recipes.Recipe(epochs=1))
+    engine.Training(model, sample["train"], None, recipes.Recipe(epochs=1), seed=0)
     assert model.dropout.p == 0.3
-    engine.prepare(model, recipes.Recipe(epochs=1, dropout=0.0))
+    engine.Training(model, sample["train"], None, recipes.Recipe(epochs=1, dropout=0.0), seed=0)
     assert model.dropout.p == 0.0
 
 

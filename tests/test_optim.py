@@ -22,8 +22,9 @@ def test_our_adam_is_that_of_pytorch_to_the_bit(sample):
         model = models.build("cnn")
         parameters = model.parameters()
         optimizer = optim.FusedAdam(parameters, 1e-3) if ours else torch.optim.Adam(parameters, 1e-3, fused=True)
-        recipe = recipes.Recipe(epochs=1, batch_size=32)
-        engine.train_one_epoch(model, sample["train"], [optimizer], recipe, seed=0, epoch=1)
+        training = engine.Training(model, sample["train"], None, recipes.Recipe(epochs=1, batch_size=32), seed=0)
+        training.optimizers = [optimizer]
+        next(training.run())
         networks.append((model, optimizer))
     for a, b in zip(networks[0][0].parameters(), networks[1][0].parameters(), strict=True):
         assert torch.equal(a, b)

@@ -181,7 +181,7 @@ def test_ctrl_c_keeps_the_best_epoch_so_far(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert re.search(r"interrupted in epoch \d+; .*python evaluate.py", err)
+    assert re.search(r"interrupted after epoch \d+, and saved; .* --resume .*python evaluate.py", err)
     history = history_of(path)
     assert history["status"] == "interrupted"
     assert history["best_epoch"] == checkpoint.load(path)[1]["epoch"]

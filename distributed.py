@@ -1,0 +1,87 @@
+"""One training in several processes, as torchrun starts them on one machine or many.
+
+torchrun --nproc-per-node=2 train.py --model cnn
+
+Without torchrun there is one process, and these functions do next to nothing.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import UserError
+
+
+class LostProcess(UserError):
+    """Another process of this training is gone."""
+
+
+def local_rank():
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def restarted():
+    """Whether torchrun started this process again after another had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextlib.contextmanager
+def joined(device):
+    """Meet the other processes, if torchrun started any, over NCCL on GPUs and else over Gloo; part with them after."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wrap(model):
+    """The model with its gradients averaged over all processes."""
+    return DistributedDataParallel(model) if world() > 1 else model
+
+
+def add_up(*numbers):
+    """The sums of these numbers over all processes, as floats."""
+    device = torch.device("cuda") if world() > 1 and dist.get_backend() == "nccl" else None
+    return sum_tensor(torch.tensor(numbers, dtype=torch.double, device=device)).tolist()
+
+
+def sum_tensor(tensor):
+    """The sum of this tensor over all processes, in its place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(function):
+    """What the function returns in the first process, where alone it is called; a UserError of it is everyone's."""
+    if world() == 1:
+        return function()
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except (UserError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise answer[1]
+    return answer[0]
