@@ -40,6 +40,10 @@ def joined(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostProcess("another process of this training is gone; torchrun --max-restarts=3 starts them again") from error
     finally:
         dist.destroy_process_group()
 

@@ -251,11 +251,12 @@ def predict_logits(model, split, batch_size=EVALUATION_BATCH):
     """Logits float32 (n, 10) on the CPU, in the split's order, with the model in evaluation mode."""
     model.eval()
     rank, world = distributed.rank(), distributed.world()
-    logits = [
-        model(normalise(images)).float() if number % world == rank else images.new_zeros(len(images), len(CLASSES))
-        for number, (images, _) in enumerate(batches(split, batch_size))
-    ]
-    return distributed.sum_tensor(torch.cat(logits)).cpu()
+    logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
+    for number, (images, _) in enumerate(batches(split, batch_size)):
+        if number % world == rank:
+            start = number * batch_size
+            logits[start : start + batch_size] = model(normalise(images))
+    return distributed.sum_tensor(logits).cpu()
 
 
 def loss_and_accuracy(logits, labels):

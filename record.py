@@ -219,9 +219,14 @@ def load_unfinished(path):
     if not path.exists():
         return None
     saved = checkpoint.read(path)
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise checkpoint.CheckpointError(f"{path}: not an unfinished run of this version; move it away to start anew")
-    return saved | {"history": json.loads(saved["history"].numpy().tobytes())}
+    try:
+        if saved["format"] == FORMAT:
+            history = json.loads(saved["history"].numpy().tobytes())
+            if {"flags", "seed", "resumed", "epochs", *ENVIRONMENT} <= history.keys():
+                return saved | {"history": history}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        pass
+    raise checkpoint.CheckpointError(f"{path}: not an unfinished run of this version; move it away to start anew")
 
 
 def history_path(path):
@@ -254,6 +259,6 @@ def history_of(path):
         history = json.loads(history_path(path).read_text())
         if history["checkpoint_sha256"] == checkpoint.file_sha256(path):
             return history
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None

@@ -161,7 +161,7 @@ def find_run(args, path, device, stack):
     asked = {key: value for key, value in asked.items() if value is not None}
     if saved or (resume and earlier and earlier["status"] == "finished"):
         begun = earlier["flags"] | {"seed": earlier["seed"]}
-        other = [key for key in asked if asked[key] != begun[key]]
+        other = [key for key in asked if asked[key] != begun.get(key)]
         if not other:
             return (earlier["flags"], earlier["seed"], saved) if saved else None
         if saved:
@@ -347,7 +347,9 @@ def place(training):
 
 def resume_command(args):
     """The command that goes on with this run, as a user would type it here."""
-    words = ["python", "train.py", "--model", args.model, "--resume"]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun, on this machine
+    words = ["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]
+    words += ["train.py", "--model", args.model, "--resume"]
     if args.checkpoint_dir != cli.CHECKPOINTS:
         words += ["--checkpoint-dir", cli.shown(args.checkpoint_dir)]
     if args.data_dir:
