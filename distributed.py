@@ -43,7 +43,9 @@ def joined(device):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise LostProcess("another process of this training is gone; torchrun --max-restarts=3 starts them again") from error
+        raise LostProcess(
+            "another process of this training is gone; torchrun --max-restarts=3 starts all anew"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -69,6 +69,10 @@ class Record:
         """Seconds of training so far, in this process and those before it, whatever becomes of the clock."""
         return self._seconds + time.monotonic() - self._started
 
+    def begin(self):
+        """Keep an earlier run's checkpoint, for this one to write in its place."""
+        self.kept = keep_aside(self.path)
+
     def add_epoch(self, model, row):
         """Take in a row of Training.run; save the model if it is the best so far, of equals the earlier one.
 
@@ -78,8 +82,6 @@ class Record:
         best = self.best_epoch
         is_best = not best or "select_accuracy" not in row or row["select_accuracy"] > best["select_accuracy"]
         if is_best:
-            if not best and not self._left_by_this_run():
-                self.kept = keep_aside(self.path)
             self.best_weights = {key: value.clone() for key, value in model.state_dict().items()}
             self._best_content = checkpoint.serialise(
                 model,
@@ -120,9 +122,9 @@ class Record:
         self.history = before | {"status": "running", "resumed": resumed}
         self._seconds, self._started = before["training_seconds"], time.monotonic()
         self.kept = saved["kept"] and self.path.with_name(saved["kept"])
+        if not self._is_own():
+            keep_aside(self.path)
         if saved["best"] is not None:
-            if not self._left_by_this_run():
-                keep_aside(self.path)
             self._best_content = saved["best"].numpy().tobytes()
             self.best_weights = checkpoint.from_bytes(self._best_content)["weights"]
             checkpoint.write_atomically(self.path, self._best_content)
@@ -149,17 +151,12 @@ class Record:
         self.history["training_seconds"] = self.seconds
         checkpoint.write_json(history_path(self.path), self.history)
 
-    def _left_by_this_run(self):
-        """Whether the files at the path are of this very run, from before it was resumed."""
-        if not self.history["resumed"]:
-            return False
-        try:
-            history = json.loads(history_path(self.path).read_text())
+    def _is_own(self):
+        """Whether the checkpoint at the path is this run's, or of one that is the same to the bit."""
+        with contextlib.suppress(UserError, OSError):
             info = checkpoint.load(self.path)[1]
-            same = all(history[key] == self.history[key] == info[key] for key in ("model", "seed", "flags", "data"))
-            return same and history["status"] != "finished"
-        except (OSError, ValueError, KeyError, TypeError, UserError):
-            return False
+            return all(info.get(key) == self.history[key] for key in ("model", "seed", "flags", "data"))
+        return False
 
 
 def _to_tensor(content):

@@ -228,6 +228,8 @@ def train(args, path, device, flags, seed, saved):
     )
     if saved:
         resume(saved, training, record, fingerprint())
+    elif is_first:
+        record.begin()
     writer = open_tensorboard(args, record.history) if is_first else None
     bar = tqdm(
         total=recipe.epochs * len(train.labels),
@@ -239,14 +241,17 @@ def train(args, path, device, flags, seed, saved):
         unit_scale=True,
     )
     last_look = last_save = time.monotonic()
+    longest = 0.0  # seconds between two looks
 
     def progress(images, loss, accuracy):
-        nonlocal last_look, last_save
+        nonlocal last_look, last_save, longest
         told = f"epoch {training.epoch}/{recipe.epochs}  loss {loss:.4f}  acc {accuracy:.2%}"
         bar.set_description_str(told, refresh=False)
         bar.update(images)
         now = time.monotonic()
-        if now - last_save + (now - last_look) > args.save_every:  # at the next look it would be too late
+        longest = max(longest, now - last_look)
+        too_late = now - last_save + longest > args.save_every  # at the next look
+        if too_late or (training.epoch == 1 and training.step == training.steps):  # before anything else is written
             save()
             last_save = time.monotonic()
         last_look = now
@@ -262,11 +267,11 @@ def train(args, path, device, flags, seed, saved):
     status, unchanged = "interrupted", False
     with cli.StopSignals() as signals:
         try:
+            if record.kept and not saved:
+                say(f"the earlier {path.stem}{record.kept.suffix} is kept as {cli.shown(record.kept)}")
             say(header(recipe))
             for row in training.run(progress, stop=lambda: signals.code is not None):
                 is_best = is_first and record.add_epoch(model, row)
-                if row["epoch"] == 1 and record.kept:
-                    say(f"      the earlier {path.stem}{record.kept.suffix} is kept as {cli.shown(record.kept)}")
                 say(table_line(row, record.seconds, recipe.epochs) + " best" * (is_best and select is not None))
                 if writer:
                     write_scalars(writer, row, recipe.select)

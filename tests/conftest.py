@@ -1,5 +1,7 @@
 """What the tests share: the real sample, the scripts as a user runs them, and checkpoints they trained."""
 
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,62 @@ def run_script(name, *arguments, **options):
     """Run a script of the repository from its folder; returns the finished process with its text output."""
     command = [sys.executable, ROOT / name, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tries", type=int, default=1, help="take so many times the random tries in tests of faults")
+
+
+@pytest.fixture
+def tries(request):
+    """How many times the usual number of random tries to take."""
+    return request.config.getoption("--tries")
+
+
+FAULTS = []  # (fault, tries, lost, wrong) of the tests that count
+
+
+@pytest.fixture
+def tally():
+    """tally(fault, tries, lost, wrong) puts the counts into the table after the tests, and wants no harm done."""
+
+    def count(fault, tries, lost, wrong):
+        FAULTS.append((fault, tries, len(lost), len(wrong)))
+        assert not lost
+        assert not wrong
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section("faults")
+        for row in [("fault", "tries", "lost", "wrong"), ("---",) * 4, *FAULTS]:
+            terminalreporter.line("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in row) + " |")
+
+
+_forks = multiprocessing.get_context("forkserver")  # a fork of a process that has PyTorch starts at once
+_forks.set_forkserver_preload(["torch._dynamo", "scipy.stats", "tqdm", "filelock"])
+
+
+def start_training(log, *arguments, before=None):
+    """Start train.py in a process of its own, which writes to the file `log`; before() is called there first."""
+    process = _forks.Process(target=_train, args=(log, [str(argument) for argument in arguments], before))
+    process.start()
+    return process
+
+
+def _train(log, arguments, before):
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["train.py", *arguments]
+    os.chdir(ROOT)
+    if before:
+        before()
+    import train
+
+    cli.run(train.main)
 
 
 def assert_one_line_error(finished, *parts):

@@ -1,0 +1,374 @@
+"""No fault costs a run: whatever cuts it off, --resume brings it to the very bits of a run that nothing has cut off."""
+
+import ctypes
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SAMPLE, start_training
+
+import checkpoint
+import record
+
+TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
+EPOCHS = {  # of runs that take about a second
+    ("mlp", "published"): 25,
+    ("cnn", "published"): 3,
+    ("mlp", "fast"): 12,
+    ("cnn", "fast"): 5,
+    ("mlp", "best"): 12,
+    ("cnn", "best"): 5,
+}
+ALWAYS = ("--save-every", "0.001")  # which is every 25 steps: several times an epoch
+CNN = ("cnn", "published")
+
+
+def flags(kind):
+    model, recipe = kind
+    return ["--model", model, "--recipe", recipe, "--epochs", EPOCHS[kind], "--batch-size", 16, "--data-dir", SAMPLE]
+
+
+def start(folder, kind, *more, before=None):
+    """Start a run of that kind in the folder; what it says goes to a file beside it."""
+    return start_training(folder.with_suffix(".log"), *flags(kind), "--checkpoint-dir", folder, *more, before=before)
+
+
+def said(folder):
+    log = folder.with_suffix(".log")
+    return log.read_text() if log.exists() else ""
+
+
+def wait_for(pattern, folder, process):
+    """Until a run has said that, or has ended."""
+    while not re.search(pattern, said(folder), re.MULTILINE) and process.is_alive():
+        time.sleep(0.01)
+
+
+def run(folder, kind, *more, before=None):
+    """The exit code of such a run at its end."""
+    process = start(folder, kind, *more, before=before)
+    process.join(100)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def outcome(folder):
+    """All that a run leaves, by file name, without the times."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in [name for name in files if name.endswith(".json")]:
+        history = json.loads(files[name])
+        for part in (history, *history["epochs"]):
+            for key in TIMES:
+                part.pop(key, None)
+        files[name] = history
+    return files
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """expected(kind) is the outcome of an uninterrupted run of that kind."""
+    outcomes = {}
+
+    def of(kind):
+        if kind not in outcomes:
+            folder = tmp_path_factory.mktemp("expected") / "-".join(kind)
+            assert run(folder, kind) == 0
+            outcomes[kind] = outcome(folder)
+            assert outcomes[kind].keys() == {f"best_{kind[0]}_fmnist.pt", f"best_{kind[0]}_fmnist.json"}
+        return outcomes[kind]
+
+    return of
+
+
+class Harm:
+    """What resuming runs has shown: those that do not come to their end, and those that end otherwise than expected."""
+
+    def __init__(self, expected):
+        self.expected, self.tries, self.lost, self.wrong = expected, 0, [], []
+
+    def resume(self, folder, kind):
+        if run(folder, kind, "--resume"):
+            self.lost.append((folder.name, said(folder)))
+        elif outcome(folder) != self.expected(kind):
+            self.wrong.append(folder.name)
+
+
+@pytest.fixture
+def harm(expected):
+    return Harm(expected)
+
+
+# --- killed ----------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments(tmp_path, harm, tally, tries):
+    """Each kind of run, killed five times in a row; if it has come to its end before, another begins."""
+    chance, resumed = random.Random(0), 0
+    for kind in EPOCHS:
+        kills = 0
+        while kills < 5 * tries:
+            folder = tmp_path / f"{'-'.join(kind)}-{kills}"
+            for _ in range(5):
+                process = start(folder, kind, *ALWAYS, "--resume")
+                process.join(chance.uniform(0.05, 1.0))
+                process.kill()
+                process.join()
+                resumed += "resumed" in said(folder)
+                if process.exitcode == 0:
+                    break
+                assert process.exitcode == -signal.SIGKILL, said(folder)
+                kills += 1
+            harm.resume(folder, kind)
+        harm.tries += kills
+    assert resumed > harm.tries / 3  # else the moments are ill chosen
+    tally("SIGKILL at a random moment", harm.tries, harm.lost, harm.wrong)
+
+
+def kill_at(number):
+    """Let this process be killed at the number-th step of its writing: amid a file, at its fsync, before and after its
+    renaming.
+    """
+    steps = iter(range(1, 1000))
+    open_file, fsync, replace = open, os.fsync, os.replace
+
+    def step():
+        if next(steps) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Torn:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            step()
+            self.file.write(content[len(content) // 2 :])
+
+    def stepping_fsync(descriptor):
+        step()
+        fsync(descriptor)
+
+    def stepping_replace(*names):
+        step()
+        replace(*names)
+        step()
+
+    checkpoint.open = lambda path, mode: Torn(open_file(path, mode))
+    os.fsync, os.replace = stepping_fsync, stepping_replace
+
+
+def test_killed_at_every_step_of_a_save(tmp_path, harm, tally):
+    """Over the first epoch: three of the state, then the checkpoint and its history."""
+    for number in range(1, 21):
+        folder = tmp_path / str(number)
+        assert run(folder, CNN, *ALWAYS, before=partial(kill_at, number)) == -signal.SIGKILL
+        for path in folder.glob("[!.]*.pt"):
+            checkpoint.read(path)  # is whole
+        harm.resume(folder, CNN)
+    tally("SIGKILL at every step of writing", 20, harm.lost, harm.wrong)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(tmp_path, harm, tally, tries, number, code):
+    chance = random.Random(1)
+    for attempt in range(4 * tries):
+        kind = chance.choice(list(EPOCHS))
+        folder = tmp_path / str(attempt)
+        process = start(folder, kind)
+        wait_for("^epoch", folder, process)
+        time.sleep(chance.uniform(0, 0.4))
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == code, said(folder)
+        assert "Traceback" not in said(folder)
+        assert re.search(r"interrupted .*, and saved; .*train.py --model \w+ --resume", said(folder))
+        assert (folder / f"unfinished_{kind[0]}_fmnist.pt").exists()
+        harm.resume(folder, kind)
+    tally(f"{number.name} at a random moment", 4 * tries, harm.lost, harm.wrong)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
+    folder = tmp_path / "run"
+    process = start(folder, CNN, before=partial(stop_on_loading, number))
+    process.join()
+    assert process.exitcode == code
+    assert "Traceback" not in said(folder)
+    assert list(folder.iterdir()) == []
+
+
+def stop_on_loading(number):
+    import data
+
+    data.load = lambda *_, **__: os.kill(os.getpid(), number)
+
+
+def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
+    """By a clock that goes on for a second with each look at it."""
+    folder, log = tmp_path / "run", tmp_path / "saves"
+    assert run(folder, CNN, "--epochs", 20, "--save-every", 12, before=partial(tick, log)) == 0
+    saves = [int(line) for line in log.read_text().split()]
+    assert len(saves) > 3
+    assert all(after - before <= 12 for before, after in pairwise(saves))
+
+
+def tick(log):
+    import train
+
+    ticks = iter(range(10**6))
+    train.time = record.time = SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 1_000_000 - next(ticks))
+    save = record.Record.save
+
+    def logged(*arguments):
+        save(*arguments)
+        with open(log, "a") as file:
+            print(next(ticks), file=file)
+
+    record.Record.save = logged
+
+
+def go_backwards():
+    seconds = iter(range(10**9, 0, -3600))
+    time.time = lambda: float(next(seconds))
+
+
+def test_a_clock_that_goes_backwards(tmp_path, harm, tally):
+    """It saves none the less, for the crash that follows."""
+    folder = tmp_path / "run"
+    process = start(folder, CNN, *ALWAYS, before=go_backwards)
+    wait_for("^    2", folder, process)
+    process.kill()
+    process.join()
+    harm.resume(folder, CNN)
+    assert "resumed in epoch" in said(folder)
+    seconds = json.loads((folder / "best_cnn_fmnist.json").read_text())["training_seconds"]
+    tally("clock going backwards", 1, harm.lost, harm.wrong + [seconds] * (not 0 < seconds < 100))
+
+
+# --- the disk --------------------------------------------------------------------------------------------
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_fills_up(tmp_path, harm, tally):
+    """For the history, the checkpoint of 1.7 MB, the state without it and with it; then there is room again."""
+    sizes = (1_000, 500_000, 3_000_000, 6_000_000)
+    for size in sizes:
+        folder = tmp_path / str(size)
+        assert run(folder, CNN, *ALWAYS, before=partial(limit_files, size)) == 2
+        assert re.search("^train.py: error: .*File too large", said(folder), re.MULTILINE)
+        assert "Traceback" not in said(folder)
+        assert not list(folder.glob(".*.tmp"))
+        harm.resume(folder, CNN)
+    tally("disk full while saving", len(sizes), harm.lost, harm.wrong)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_small_disk_that_fills_up(tmp_path, harm, tally):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        folder = disk / "run"  # its log is on the disk too
+        assert run(folder, CNN, *ALWAYS) == 2
+        assert "No space left on device" in said(folder)
+        shutil.copytree(folder, tmp_path / "run")
+        harm.resume(tmp_path / "run", CNN)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    tally("disk of 9 MB full while saving", 1, harm.lost, harm.wrong)
+
+
+def give_up_overriding_permissions():
+    """So that root, too, is bound by a folder's mode: drop CAP_DAC_OVERRIDE (1) from the effective capabilities."""
+    if os.geteuid() == 0:
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        sets = (ctypes.c_uint32 * 6)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.capget(header, sets) == 0
+        for word in (0, 1, 2):
+            sets[word] &= ~(1 << 1)
+        assert libc.capset(header, sets) == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, expected, tally):
+    """From the start, and from amid a run: one line, and nothing in it is touched."""
+    folder = tmp_path / "run"
+    assert run(folder, CNN) == 0
+    before, lost = outcome(folder), []
+    folder.chmod(0o555)
+    assert run(folder, CNN, "--seed", 1, before=give_up_overriding_permissions) == 2
+    assert re.search("^train.py: error: .*Permission denied", said(folder), re.MULTILINE)
+    folder.chmod(0o755)
+    if outcome(folder) != before:
+        lost.append(folder)
+    tally("read-only folder", 1, lost, [])
+
+
+def test_a_state_that_is_truncated_or_flipped_is_never_taken(tmp_path, tally, tries):
+    """At every 4 KiB, and in 500 random bits: it is refused, or what is read is what was written."""
+    folder = tmp_path / "run"
+    assert run(folder, ("mlp", "published")) == 0
+    process = start(folder, ("mlp", "published"), *ALWAYS, "--seed", 3)
+    while not (folder / "unfinished_mlp_fmnist.pt").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    chance, damaged, harmless = random.Random(2), tmp_path / "damaged.pt", 0
+    for path in sorted(folder.glob("*.pt")):
+        content, whole = path.read_bytes(), checkpoint.read(path)
+        wrong = []
+        cuts = range(0, len(content), 4096)
+        for cut in cuts:
+            damaged.write_bytes(content[:cut])
+            try:
+                checkpoint.read(damaged)
+                wrong.append(cut)
+            except checkpoint.CheckpointError:
+                pass
+        tally(f"{path.stem.split('_')[0]} file cut off at every 4 KiB", len(cuts), [], wrong)
+        for _ in range(500 * tries):
+            bit = chance.randrange(8 * len(content))
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged.write_bytes(flipped)
+            try:
+                if not same(checkpoint.read(damaged), whole):
+                    wrong.append(bit)
+                harmless += 1
+            except checkpoint.CheckpointError:
+                pass
+        tally(f"{path.stem.split('_')[0]} file with a bit flipped", 500 * tries, [], wrong)
+    assert harmless < 20 * tries  # in the padding between its parts
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
