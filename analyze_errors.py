@@ -38,8 +38,8 @@ def main(argv=None):
 
     device = engine.pick_device(args.device)
     model, info = checkpoint.load(args.checkpoint)
-    (test,) = data.load("test", data_dir=args.data_dir)
     args.figures_dir.mkdir(parents=True, exist_ok=True)
+    (test,) = data.load("test", data_dir=args.data_dir)
     logits = engine.predict_logits(model.to(device), test.to(device))
     measured = engine.metrics(logits, test.labels)
     mistakes = errors.most_confident_mistakes(logits.double().softmax(1).numpy(), test.labels.numpy())

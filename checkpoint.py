@@ -40,7 +40,7 @@ FIELDS = {
     "git": str | None,
 }
 MAX_BYTES = 2**28  # of a file; those of these models have a hundredth
-MAX_PICKLE = 2**18  # of the part that is no tensor
+MAX_PICKLE = 2**17  # of the part that is no tensor
 ALLOWED = re.compile(  # what the pickle of a state_dict names
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )

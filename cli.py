@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, "" if OTHER_PROCESS else f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, "" if OTHER_PROCESS else f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
 
 
 def add_common(parser):
@@ -74,8 +74,9 @@ def shown(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def one_line(error):
-    return " ".join(str(error).split())
+def one_line(message):
+    """An error or a text as one line of what a terminal can show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
 
 
 def plain(dtype):
@@ -131,6 +132,6 @@ def run(main):
         if not isinstance(error, UserError | OSError):
             raise
         if not OTHER_PROCESS:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)

@@ -234,11 +234,17 @@ class Training:
         """
         self.model.load_state_dict(state["weights"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, tensors in own.items():
+                if any(tensor.shape not in (parameters[number].shape, ()) for tensor in tensors.values()):
+                    raise ValueError("the optimiser's tensors have other shapes")
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
+        if not (1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps):
+            raise ValueError("its place lies outside of the run")
 
 
 def _check_finite(loss, where):

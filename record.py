@@ -8,6 +8,7 @@ Each is written whole or not at all, so a run that is cut off at any moment leav
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -18,10 +19,49 @@ import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
+import recipes
 from data import UserError
 
 FORMAT = "fmnist-unfinished-1"
 ENVIRONMENT = ("device", "processes", "threads", "kernels", "versions", "git")  # what else the last bits hang on
+STATE = {  # what Record.save writes, the history being its JSON
+    "format": str,
+    "history": {
+        "model": str,
+        "status": str,
+        "seed": int,
+        "flags": {"recipe": str, **recipes.Recipe.__annotations__, "deterministic": bool},
+        "data": str,
+        "train_images": int,
+        "select_images": int,
+        "device": str,
+        "processes": int,
+        "threads": int,
+        "kernels": str,
+        "versions": dict,
+        "git": str | None,
+        "resumed": [dict],
+        "checkpoint": str,
+        "checkpoint_sha256": str | None,
+        "best_epoch": int | None,
+        "epochs": [dict],
+        "training_seconds": float,
+        "test": None | dict,
+    },
+    "best": torch.Tensor | None,
+    "kept": str | None,
+    "fingerprint": str,
+    "training": {
+        "weights": dict,
+        "optimizers": [dict],
+        "scaler": dict | None,
+        "epoch": int,
+        "step": int,
+        "correct": int,
+        "loss": float,
+        "seconds": float,
+    },
+}
 
 
 class RunError(UserError):
@@ -125,7 +165,7 @@ class Record:
         if not self._is_own():
             keep_aside(self.path)
         if saved["best"] is not None:
-            self._best_content = saved["best"].numpy().tobytes()
+            self._best_content = _from_tensor(saved["best"])
             self.best_weights = checkpoint.from_bytes(self._best_content)["weights"]
             checkpoint.write_atomically(self.path, self._best_content)
             self._write()
@@ -161,6 +201,12 @@ class Record:
 
 def _to_tensor(content):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _from_tensor(tensor):
+    if not tensor.is_contiguous() or tensor.dtype != torch.uint8:
+        raise ValueError("not bytes")
+    return tensor.numpy().tobytes()
 
 
 def environment(device, *, processes, fused):
@@ -217,13 +263,23 @@ def load_unfinished(path):
         return None
     saved = checkpoint.read(path)
     try:
-        if saved["format"] == FORMAT:
-            history = json.loads(saved["history"].numpy().tobytes())
-            if {"flags", "seed", "resumed", "epochs", *ENVIRONMENT} <= history.keys():
-                return saved | {"history": history}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        saved = saved | {"history": json.loads(_from_tensor(saved["history"]))}
+        best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
+        whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
+        if saved["format"] == FORMAT and whole and _fits(saved, STATE):
+            return saved
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         pass
     raise checkpoint.CheckpointError(f"{path}: not an unfinished run of this version; move it away to start anew")
+
+
+def _fits(value, kind):
+    """Whether a value is of that type, or a dict of just these keys whose values are of these types."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and value.keys() == kind.keys() and all(_fits(value[k], kind[k]) for k in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(part, kind[0]) for part in value)
+    return isinstance(value, kind)
 
 
 def history_path(path):

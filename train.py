@@ -104,7 +104,7 @@ def main(argv=None):
     import models
 
     if args.model not in models.MODELS:
-        raise data.UserError(f"--model {args.model}: the models here are {', '.join(models.MODELS)}")
+        raise data.UserError(f"--model {args.model!r}: the models here are {', '.join(models.MODELS)}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise data.UserError("--tensorboard needs the package: pip install -r requirements-optional.txt")
     device = engine.pick_device(args.device)
@@ -332,7 +332,7 @@ def resume(saved, training, record, fingerprint):
         )
     try:
         training.load_state_dict(saved["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{unfinished} does not fit the {record.history['model']}: {cli.one_line(error)}") from None
     if distributed.rank() == 0:
         for key, (before, now) in record.resume(saved).items():

@@ -58,6 +58,24 @@ _forks = multiprocessing.get_context("forkserver")  # a fork of a process that h
 _forks.set_forkserver_preload(["torch._dynamo", "scipy.stats", "tqdm", "filelock"])
 
 
+def in_a_fork(function, *arguments):
+    """What a function of a test's module returns in a process of its own; the process must not die."""
+    ours, theirs = _forks.Pipe(duplex=False)
+    process = _forks.Process(target=_answer, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        pytest.fail(f"the process died with exit code {process.exitcode}")
+
+
+def _answer(connection, function, arguments):
+    os.chdir(ROOT)
+    connection.send(function(*arguments))
+
+
 def start_training(log, *arguments, before=None):
     """Start train.py in a process of its own, which writes to the file `log`; before() is called there first."""
     process = _forks.Process(target=_train, args=(log, [str(argument) for argument in arguments], before))

@@ -1,6 +1,8 @@
 """No fault costs a run: whatever cuts it off, --resume brings it to the very bits of a run that nothing has cut off."""
 
 import ctypes
+import gzip
+import hashlib
 import json
 import os
 import random
@@ -121,7 +123,7 @@ def test_killed_at_random_moments(tmp_path, harm, tally, tries):
             folder = tmp_path / f"{'-'.join(kind)}-{kills}"
             for _ in range(5):
                 process = start(folder, kind, *ALWAYS, "--resume")
-                process.join(chance.uniform(0.05, 1.0))
+                process.join(chance.uniform(0.05, 0.7))
                 process.kill()
                 process.join()
                 resumed += "resumed" in said(folder)
@@ -264,6 +266,122 @@ def test_a_clock_that_goes_backwards(tmp_path, harm, tally):
     assert "resumed in epoch" in said(folder)
     seconds = json.loads((folder / "best_cnn_fmnist.json").read_text())["training_seconds"]
     tally("clock going backwards", 1, harm.lost, harm.wrong + [seconds] * (not 0 < seconds < 100))
+
+
+# --- what is resumed, and what is not --------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """The folder of a run of CNN that was stopped in an epoch, with its own copy of the data beside it."""
+    shutil.copytree(SAMPLE, tmp_path / "sample")
+    folder = tmp_path / "run"
+    process = start(folder, CNN, "--data-dir", tmp_path / "sample")
+    wait_for("^    1", folder, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert (folder / "unfinished_cnn_fmnist.pt").exists()
+    return folder
+
+
+def refused(folder, *more, because):
+    """Whether train.py refuses in one line, and touches nothing."""
+    before = outcome(folder)
+    assert run(folder, CNN, *more) == 2
+    errors = [line for line in said(folder).splitlines() if not line.startswith("data:")]
+    assert len(errors) == 1, said(folder)
+    assert re.search(f"train.py: error: .*{because}", errors[0])
+    return outcome(folder) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *["--recipe best", "--epochs 4", "--lr 0.002", "--batch-size 32", "--seed 1"],
+        *["--select test", "--precision bfloat16", "--deterministic"],
+    ],
+)
+def test_a_flag_that_makes_it_another_run_is_refused(unfinished, other):
+    flag = other.split()[0]
+    assert refused(unfinished, "--resume", *other.split(), because=f"{flag} was .* leave the flag out")
+
+
+def test_an_unfinished_run_is_not_overwritten_and_needs_no_flags_to_go_on(unfinished, expected):
+    why = r"unfinished_cnn_fmnist.pt holds an unfinished run \(recipe published, seed 0, in epoch \d of 3\): --resume"
+    assert refused(unfinished, because=why)
+    assert refused(unfinished, "--seed", 1, because=why)
+    short = ["--model", "cnn", "--data-dir", SAMPLE, "--checkpoint-dir", unfinished, "--resume"]
+    process = start_training(unfinished.with_suffix(".log"), *short)
+    process.join()
+    assert outcome(unfinished) == expected(CNN)
+
+    process = start_training(unfinished.with_suffix(".log"), *short)
+    process.join()
+    assert process.exitcode == 0
+    assert "has finished; without --resume, another begins" in said(unfinished)
+    assert run(unfinished, CNN, "--resume", "--seed", 1) == 0
+    assert "no run is unfinished in" in said(unfinished)
+    assert expected(CNN)["best_cnn_fmnist.pt"] in outcome(unfinished).values()  # kept
+
+
+def test_data_altered_between_runs(unfinished, harm, tally):
+    folder = unfinished.parent / "sample"
+    original = {path: path.read_bytes() for path in folder.iterdir()}
+    wrong = []
+    for name in ("train-labels-idx1-ubyte", "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+        content = bytearray(gzip.decompress(original[folder / f"{name}.gz"]))
+        content[-1] ^= 1
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        assert run(unfinished, CNN, "--resume", "--data-dir", folder) == 2
+        assert "is altered" in said(unfinished)
+        sums = (folder / "SHA256SUMS").read_text()
+        old = hashlib.sha256(gzip.decompress(original[folder / f"{name}.gz"])).hexdigest()
+        (folder / "SHA256SUMS").write_text(sums.replace(old, hashlib.sha256(content).hexdigest()))
+        if run(unfinished, CNN, "--resume", "--data-dir", folder) != 2:
+            wrong.append(name)
+        assert "the images are not those" in said(unfinished)
+        for path, before in original.items():
+            path.write_bytes(before)
+    harm.resume(unfinished, CNN)
+    tally("data altered between runs", 6, harm.lost, harm.wrong + wrong)
+
+
+def test_another_number_of_threads_is_told_and_put_on_record(unfinished):
+    assert run(unfinished, CNN, "--resume", before=partial(torch.set_num_threads, 1)) == 0
+    assert re.search(r"threads changed from \d+ to 1 since the run began: its last bits may not", said(unfinished))
+    (resumed,) = json.loads((unfinished / "best_cnn_fmnist.json").read_text())["resumed"]
+    assert resumed["threads"] == 1
+
+
+def test_a_checkpoint_of_someone_else_is_kept_when_a_run_is_resumed(unfinished):
+    (unfinished / "best_cnn_fmnist.pt").write_bytes(b"not a checkpoint, but the user's")
+    assert run(unfinished, CNN, "--resume") == 0
+    assert b"not a checkpoint, but the user's" in outcome(unfinished).values()
+
+
+def test_two_trainings_at_once(tmp_path, expected, tally, tries):
+    lost, wrong = [], []
+    for number in range(3 * tries):
+        folder = tmp_path / str(number)
+        processes = [start_training(tmp_path / f"{i}.log", *flags(CNN), "--checkpoint-dir", folder) for i in "ab"]
+        for process in processes:
+            process.join()
+        if sorted(process.exitcode for process in processes) != [0, 2] or outcome(folder) != expected(CNN):
+            wrong.append(number)
+        told = "".join((tmp_path / f"{i}.log").read_text() for i in "ab")
+        assert re.search(r"train.py: error: another training \(.*\) is writing .*: wait for its end, or", told)
+    tally("two trainings at once", 3 * tries, lost, wrong)
+
+
+def test_a_loss_that_turns_nan(tmp_path, expected, tally):
+    """It costs neither the earlier checkpoint nor the next run, and leaves nothing to go on with."""
+    folder = tmp_path / "run"
+    assert run(folder, CNN) == 0
+    assert run(folder, CNN, "--lr", "1e30", *ALWAYS) == 2
+    assert "the loss became nan in epoch 1" in said(folder)
+    lost = [] if outcome(folder) == expected(CNN) else [folder]
+    assert run(folder, CNN) == 0
+    tally("loss turning NaN", 1, lost, [] if outcome(folder) == expected(CNN) else [folder])
 
 
 # --- the disk --------------------------------------------------------------------------------------------

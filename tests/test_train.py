@@ -230,7 +230,7 @@ def test_deterministic_gives_the_same_result_on_the_cpu(tmp_path):
 
 BAD_FLAGS = {
     (): "required: --model",
-    ("--model", "vit"): "--model vit: the models here are mlp, cnn",
+    ("--model", "vit"): "--model 'vit': the models here are mlp, cnn",
     ("--model",): "--model: expected one argument",
     ("--model", "mlp", "--epochs", "0"): "--epochs: '0' is not a whole number from 1",
     ("--model", "mlp", "--epochs", "-3"): "--epochs: '-3' is not a whole number|--epochs: expected one argument",

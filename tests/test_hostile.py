@@ -1,0 +1,457 @@
+"""Files and flags made to do harm: each ends in a one-line error, soon, in little memory, and nothing in it is run."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import SAMPLE, in_a_fork
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import analyze_errors
+import bench
+import checkpoint
+import cli
+import data
+import evaluate
+import models
+import record
+import train
+
+IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+LIMIT_SECONDS, LIMIT_MIB = 5, 1024
+NUMBERS = (0, 1, 27, 28, 499, 500, 501, 784, 2049, 2051, 60_000, 10**6, 10**9, 2**31 - 1, 2**31, 2**32 - 1)
+
+
+def mutate(content, chance):
+    """Bytes near the given ones: bits flipped, a part cut out, doubled, moved, or made of noise, zeros or 0xff."""
+    content = bytearray(content)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        at, length = chance.randrange(len(content) or 1), int(chance.paretovariate(0.5)) % 5_000
+        part = content[at : at + length]
+        match chance.randrange(7):
+            case 0:
+                if content:
+                    content[at] ^= 1 << chance.randrange(8)
+            case 1:
+                del content[at : at + length]
+            case 2:
+                content[at:at] = part
+            case 3:
+                del content[at:]
+            case 4:
+                content[at : at + length] = chance.randbytes(length)
+            case 5:
+                content[at : at + length] = chance.choice((b"\0", b"\xff")) * length
+            case 6:
+                content += chance.randbytes(length)
+    return bytes(content)
+
+
+def try_one(use, results, name):
+    """Call use(), which is to raise UserError in one line, or to succeed; anything else is noted."""
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            use()
+        results["accepted"] += 1
+    except data.UserError as error:
+        if "\n" in str(error) or not str(error).isprintable():
+            results["lost"].append(f"{name}: not one line: {error!r}"[:500])
+    except BaseException as error:
+        results["lost"].append(f"{name}: {error!r}"[:500])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def too_long(*_):
+    raise TimeoutError(f"more than {LIMIT_SECONDS} s")
+
+
+def fuzz(make_cases, folder, count):
+    """Try the cases; returns {"tries", "lost", "wrong", "accepted", "mib"}, the last being the peak of memory."""
+    signal.signal(signal.SIGALRM, too_long)
+    results = {"tries": 0, "lost": [], "wrong": [], "accepted": 0}
+    for name, use in make_cases(folder, count, random.Random(0), results["wrong"]):
+        results["tries"] += 1
+        try_one(use, results, name)
+    return results | {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def check(results, fault, tally):
+    assert results["mib"] < LIMIT_MIB
+    tally(fault, results["tries"], results["lost"], results["wrong"])
+
+
+# --- IDX and gzip ----------------------------------------------------------------------------------------
+
+
+def data_cases(folder, count, chance, wrong):
+    """Test sets of which a file is malformed, raw or as .gz, half of them with sums that vouch for it."""
+    shutil.copytree(SAMPLE, folder, dirs_exist_ok=True)
+    sums = (SAMPLE / "SHA256SUMS").read_text()
+    original = {name: gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()) for name in (IMAGES, LABELS)}
+    (good,) = data.load("test", data_dir=folder)
+    for number in range(count):
+        name = chance.choice((IMAGES, LABELS))
+        raw = compressed = None
+        match number % 4:
+            case 0:
+                raw = mutate(original[name], chance)
+            case 1:  # a header that lies
+                words = list(struct.unpack_from(">4I", original[name]))
+                for _ in range(chance.randrange(1, 4)):
+                    words[chance.randrange(4)] = chance.choice(NUMBERS)
+                raw = struct.pack(">4I", *words) + original[name][16 : 16 + chance.choice((0, 100, 10**6))]
+            case 2:
+                compressed = mutate(gzip.compress(original[name], 1), chance)
+            case 3:
+                compressed = gzip.compress(mutate(original[name], chance), 1)
+        yield f"{name} {number}", data_case(folder, name, raw, compressed, sums, original, good, number % 8 > 3, wrong)
+
+
+def data_case(folder, name, raw, compressed, sums, original, good, vouched, wrong):
+    def use():
+        path, packed = folder / name, folder / f"{name}.gz"
+        path.unlink(missing_ok=True)
+        packed.unlink(missing_ok=True)
+        (packed if raw is None else path).write_bytes(compressed if raw is None else raw)
+        content = raw
+        if content is None:
+            try:
+                content = gzip.decompress(compressed)
+            except Exception:
+                content = b""
+        digests = [hashlib.sha256(part).hexdigest() for part in (original[name], content)]
+        (folder / "SHA256SUMS").write_text(sums.replace(*digests) if vouched else sums)
+        try:
+            (test,) = data.load("test", data_dir=folder)
+            if not vouched and not (torch.equal(test.images, good.images) and torch.equal(test.labels, good.labels)):
+                wrong.append(name)
+        finally:
+            path.unlink(missing_ok=True)
+            packed.unlink(missing_ok=True)
+            shutil.copy(SAMPLE / f"{name}.gz", packed)
+
+    return use
+
+
+def test_malformed_data_files(tmp_path, tally, tries):
+    results = in_a_fork(fuzz, data_cases, tmp_path / "data", 1_200 * tries)
+    check(results, "malformed IDX or gz file", tally)
+    assert 0 < results["accepted"] < 0.2 * results["tries"]
+
+
+def bombs(folder, count, chance, wrong):
+    """Small files that become large: gigabytes of zeros, and a million empty members."""
+    shutil.copytree(SAMPLE, folder)
+    header = struct.pack(">4I", data.IMAGES_MAGIC, 500, 28, 28)
+    zeros = gzip.compress(header + bytes(2**24)) + gzip.compress(bytes(2**24)) * 128
+    lies = gzip.compress(struct.pack(">4I", data.IMAGES_MAGIC, 10**6, 28, 28)) + gzip.compress(bytes(2**24)) * 128
+    members = gzip.compress(header) + gzip.compress(b"") * 10**6
+    for name, content in {"zeros": zeros, "lies": lies, "members": members}.items():
+
+        def use(name=name, content=content):
+            (folder / f"{IMAGES}.gz").write_bytes(content)
+            data.load("test", data_dir=folder)
+            wrong.append(name)
+
+        yield name, use
+
+
+def test_gzip_bombs(tmp_path, tally):
+    check(in_a_fork(fuzz, bombs, tmp_path / "data", 3), "gzip bomb", tally)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickled as the call of a function by its name."""
+
+    def __init__(self, module, name, *arguments):
+        self.call = module, name, arguments
+
+    def __reduce__(self):
+        module, name, arguments = self.call
+        return getattr(__import__(module, fromlist=[name]), name), arguments
+
+
+def nasty_values(marker):
+    """What a checkpoint may hold in a field's place."""
+    command = f"touch {marker}"
+    return [
+        *[None, True, -1, 2**63, 10**5000, 0.5, float("nan"), float("inf"), 1j, b"bytes", set(), (), [], {}],
+        *["", "x" * 10**5, "two\nlines", "\x1b[2J", "mlp", "fmnist-checkpoint-1", "fmnist-checkpoint-2\n"],
+        *[[None] * 1000, {"a": {"b": 1}}, {1: 2}, torch.Size([1]), torch.device("cpu"), torch.float32],
+        *[torch.zeros(3), torch.zeros(0), torch.zeros(2, 2).long(), torch.tensor(float("nan")), torch.tensor(0.5)],
+        *[torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse(), torch.zeros(2, device="meta")],
+        *[torch.zeros(128, 784).double() / 0, torch.zeros(1).expand(128, 784), torch.zeros(128).half()],
+        torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8),
+        *[Call("os", "system", command), Call("builtins", "eval", f"__import__('os').system({command!r})")],
+        *[Call("builtins", "exec", command), Call("subprocess", "check_output", ["touch", str(marker)])],
+        *[Call("builtins", "open", str(marker), "w"), Call("torch", "load", str(marker)), Call("pathlib", "Path", "x")],
+        *[Call("builtins", "bytearray", 2**31), Call("builtins", "range", 2**40), Call("builtins", "print", "x")],
+    ]
+
+
+def archive(pickled, whole):
+    """The checkpoint's archive with another pickle in it, its sums being right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, pickled if member.filename.endswith("data.pkl") else old.read(member))
+    return buffer.getvalue()
+
+
+def checkpoint_cases(folder, count, chance, wrong):
+    """Checkpoints with bytes, fields and pickles altered, given to evaluate.py."""
+    folder.mkdir()
+    path, marker = folder / "hostile.pt", folder / "ran"
+    torch.manual_seed(0)
+    details = {"epoch": 3, "metrics": {"select_accuracy": 0.5}, "flags": {"lr": 1e-3}, "seed": 7, "data": "sample"}
+    whole = checkpoint.serialise(models.build("mlp"), name="mlp", **details)
+    content = checkpoint.from_bytes(whole)
+    old_format = io.BytesIO()
+    torch.save(content["weights"], old_format, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(io.BytesIO(whole)) as opened:
+        (name,) = [name for name in opened.namelist() if name.endswith("data.pkl")]
+        pickled = opened.read(name)
+    nasty = nasty_values(marker)
+    fields = [*content, *content["weights"]]
+
+    def with_value(place, value):
+        altered = content | {"weights": dict(content["weights"])}
+        (altered if place in altered else altered["weights"])[place] = value
+        buffer = io.BytesIO()
+        torch.save(altered, buffer, _use_new_zipfile_serialization=chance.random() < 0.9)
+        return buffer.getvalue()
+
+    def cases():
+        for operations in raw:
+            yield lambda operations=operations: archive(b"\x80\x02" + operations + b".", whole)
+            yield lambda operations=operations: b"\x80\x02" + operations + b"."
+        for value in nasty:
+            yield lambda value=value: pickle.dumps(value, chance.randrange(5))
+            yield lambda value=value: to_file(value)
+            yield lambda value=value: with_value(chance.choice(fields), value)
+        while True:
+            yield lambda: mutate(whole, chance)
+            yield lambda: archive(mutate(pickled, chance), whole)
+            yield lambda: mutate(old_format.getvalue(), chance)
+            yield lambda: with_value(chance.choice(fields), chance.choice(nasty))
+            yield lambda: archive(bytes(chance.choices(pickled, k=chance.randrange(1, 200))) + b".", whole)
+
+    def to_file(value):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+
+    collide = b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(10_000))
+    raw = [b"]" * 100_000 + b"a" * 99_999, b"(" * 100_000 + b"t" * 100_000, b"}(" + collide + b"u"]  # keys of one hash
+
+    for number, make in zip(range(count), cases(), strict=False):
+        try:
+            hostile = make()
+        except (RecursionError, pickle.PicklingError, RuntimeError, NotImplementedError, ValueError):
+            continue  # cannot be written to a file
+        yield f"checkpoint {number}", checkpoint_case(path, hostile, marker, wrong)
+
+
+def checkpoint_case(path, hostile, marker, wrong):
+    def use():
+        path.write_bytes(hostile)
+        try:
+            evaluate.main([str(path), "--data-dir", str(SAMPLE), "--device", "cpu"])
+        finally:
+            if marker.exists():
+                wrong.append("ran")
+                marker.unlink()
+
+    return use
+
+
+def test_malformed_checkpoints(tmp_path, tally, tries):
+    results = in_a_fork(fuzz, checkpoint_cases, tmp_path / "checkpoints", 2_400 * tries)
+    assert results["tries"] > 2_000 * tries
+    check(results, "malformed or malicious checkpoint", tally)
+    assert 0 < results["accepted"] < 0.2 * results["tries"]
+
+
+def state_cases(folder, count, chance, wrong):
+    """The state of an unfinished run with a value or its bytes altered, given to train.py --resume."""
+    marker = folder / "ran"
+    arguments = ["--model", "mlp", "--recipe", "fast", "--batch-size", "32", "--data-dir", str(SAMPLE), "--resume"]
+    arguments += ["--checkpoint-dir", str(folder)]
+
+    def stop_itself(*arguments):
+        run_save(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run_save, record.Record.save = record.Record.save, stop_itself
+    assert train.main(arguments) == 128 + signal.SIGTERM
+    record.Record.save = run_save
+    (path,) = folder.glob("unfinished*")
+    whole = path.read_bytes()
+    nasty = nasty_values(marker)
+
+    def with_value():
+        content = place = checkpoint.from_bytes(whole)
+        key = chance.choice(list(place))
+        while isinstance(place[key], dict | list) and place[key] and chance.random() < 0.9:
+            place = place[key]
+            key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        place[key] = chance.choice(nasty)
+        return checkpoint.to_bytes(content)
+
+    def with_history():
+        content = checkpoint.from_bytes(whole)
+        content["history"] = torch.frombuffer(
+            bytearray(mutate(content["history"].numpy().tobytes(), chance)), dtype=torch.uint8
+        )
+        return checkpoint.to_bytes(content)
+
+    def case(hostile):
+        def use():
+            for left in folder.iterdir():
+                left.unlink()
+            path.write_bytes(hostile)
+            train.main(arguments)
+            if marker.exists():
+                wrong.append("ran")
+
+        return use
+
+    for number in range(count):
+        try:
+            hostile = (with_value, with_value, with_history, lambda: mutate(whole, chance))[number % 4]()
+        except (pickle.PicklingError, RuntimeError, NotImplementedError, ValueError):
+            continue  # cannot be written to a file
+        yield f"state {number}", case(hostile)
+
+
+def test_malformed_states(tmp_path, tally, tries):
+    results = in_a_fork(fuzz, state_cases, tmp_path / "run", 300 * tries)
+    check(results, "malformed state of a run", tally)
+    assert results["accepted"] < 0.5 * results["tries"]
+
+
+# --- flags -----------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)  # as a shell can pass
+WORDS = TEXT | st.sampled_from(
+    [
+        "0",
+        "-1",
+        "1e400",
+        "nan",
+        "-inf",
+        "1_000",
+        "٣",
+        "0x10",
+        " 1",
+        "1 ",
+        "1.0",
+        "+1",
+        "None",
+        "true",
+        "9" * 5000,
+        "cuda:-1",
+    ]
+)
+
+
+def is_whole_number(text, low, high):
+    return text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high
+
+
+def is_positive(text):
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def whole(flag, low, high):
+    return WORDS.filter(lambda text: not is_whole_number(text, low, high)).map(lambda text: [f"{flag}={text}"])
+
+
+def positive(flag):
+    return WORDS.filter(lambda text: not is_positive(text)).map(lambda text: [f"{flag}={text}"])
+
+
+def one_of(flag, *choices):
+    return WORDS.filter(lambda text: text not in choices).map(lambda text: [f"{flag}={text}"])
+
+
+def below_a_file(flag):
+    return TEXT.map(lambda text: [f"{flag}={SAMPLE / 'SHA256SUMS'}/{text.replace('/', '')}"])
+
+
+MODEL = ["--model=mlp"]
+DEVICE = one_of("--device", "auto").filter(lambda flag: not flag[0].startswith("--device=cpu"))
+NONSENSE = {
+    train: one_of("--model", *models.MODELS)
+    | st.one_of(
+        whole("--epochs", 1, 10_000),
+        whole("--batch-size", 1, 60_000),
+        whole("--seed", 0, 2**32 - 1),
+        positive("--lr"),
+        positive("--save-every"),
+        one_of("--select", "val", "test", "last"),
+        one_of("--recipe", "published", "fast", "best"),
+        one_of("--precision", "auto", "float32", "bfloat16"),
+        below_a_file("--checkpoint-dir"),
+        DEVICE,
+        TEXT.map(lambda text: [f"--no-{text}"]),
+        TEXT.map(lambda text: ["--", text]),
+        TEXT.map(lambda text: [f"--resume={text}"]),
+    ).map(lambda flags: MODEL + flags),
+    evaluate: st.one_of(
+        one_of("--split", "test", "val", "train"),
+        TEXT.filter(lambda text: not text.endswith(".json")).map(lambda text: [f"--json={text}"]),
+        TEXT.map(lambda text: ["--", f"no such file {text}"]),
+        DEVICE,
+    ),
+    analyze_errors: st.one_of(below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", "a", "b", text]), DEVICE),
+    bench: st.one_of(one_of("--quick"), TEXT.map(lambda text: ["--", text])),
+}
+
+
+@pytest.mark.parametrize("script", NONSENSE, ids=lambda script: script.__name__)
+def test_every_nonsense_flag_is_a_one_line_error(script, tally, tries, monkeypatch, capsys):
+    """Up to the moment when data would be loaded: nothing may come so far."""
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("the nonsense was taken"))
+    seen = []
+
+    @settings(
+        max_examples=400 * tries, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(NONSENSE[script])
+    def try_flags(flags):
+        seen.append(flags)
+        sys.argv = [f"{script.__name__}.py", *flags]
+        with pytest.raises(SystemExit) as exit:
+            cli.run(script.main)
+        said = capsys.readouterr().err
+        assert exit.value.code == 2, said
+        assert said.startswith(f"{script.__name__}.py: error: ")
+        assert said[:-1].isprintable()
+        assert said[-1] == "\n"
+
+    monkeypatch.setattr(sys, "argv", [])
+    try_flags()
+    tally(f"nonsense flag of {script.__name__}.py", len(seen), [], [])
