@@ -116,7 +116,8 @@ def run(main):
     traceback.
     """
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, _terminate)
+    if "LOCAL_RANK" not in os.environ:  # a worker of torchrun may be waiting for others, deaf to Python's handlers
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main()
         sys.stdout.flush()

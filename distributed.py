@@ -37,7 +37,11 @@ def joined(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world, *_ = next(dist.rendezvous("env://"))
+    # torchrun keeps one store through all its attempts, where a worker could find the address of one that is dead.
+    attempt = f"{os.environ['TORCHELASTIC_RESTART_COUNT']} of {world}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world)
     try:
         yield
     except RuntimeError as error:
@@ -59,9 +63,18 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wrap(model):
-    """The model with its gradients averaged over all processes."""
-    return DistributedDataParallel(model) if world() > 1 else model
+def wrap(model, images):
+    """The model with its gradients averaged over all processes; images are any that it takes.
+
+    DistributedDataParallel sorts gradients into other buckets after its first step, and sums are then rounded in
+    another order. So that first step is taken here, for nothing, lest a resumed run differ from an uninterrupted one.
+    """
+    if world() == 1:
+        return model
+    network = DistributedDataParallel(model)
+    network(images).sum().backward()
+    model.zero_grad()
+    return network
 
 
 def add_up(*numbers):

@@ -106,7 +106,7 @@ class Training:
         self.optimizers = build_optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.steps = -(-len(train.labels) // recipe.batch_size)
-        self.network = distributed.wrap(model)
+        self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.epoch = 1
         self._begin_epoch()
 
