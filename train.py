@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -134,8 +133,7 @@ def find_run(args, path, device, stack):
     from record import RunError, history_of, load_unfinished, sole_writer, unfinished_path
 
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.checkpoint_dir).close()  # now, not after an epoch, if it cannot be written
-    stack.enter_context(sole_writer(path))
+    stack.enter_context(sole_writer(path))  # which fails now, not after an epoch, where nothing can be written
     saved = load_unfinished(path)
     earlier = saved["history"] if saved else history_of(path)
     resume = args.resume or distributed.restarted()

@@ -1,10 +1,13 @@
 """What the tests share: the real sample, the scripts as a user runs them, and checkpoints they trained."""
 
+import importlib
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +17,6 @@ import kernels
 
 ROOT = cli.HERE
 SAMPLE = ROOT / "tests" / "sample"
-
-
-def run_script(name, *arguments, **options):
-    """Run a script of the repository from its folder; returns the finished process with its text output."""
-    command = [sys.executable, ROOT / name, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def pytest_addoption(parser):
@@ -77,23 +74,39 @@ def _answer(connection, function, arguments):
 
 
 def start_training(log, *arguments, before=None):
-    """Start train.py in a process of its own, which writes to the file `log`; before() is called there first."""
-    process = _forks.Process(target=_train, args=(log, [str(argument) for argument in arguments], before))
+    """Start train.py in a process of its own, which speaks to the file `log`; before() is called there first."""
+    return _start("train.py", arguments, log, log, before)
+
+
+def _start(name, arguments, out, err, before=None):
+    process = _forks.Process(target=_run, args=(name, [str(word) for word in arguments], out, err, before))
     process.start()
     return process
 
 
-def _train(log, arguments, before):
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["train.py", *arguments]
+def _run(name, arguments, out, err, before):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
+    sys.argv = [name, *arguments]
     os.chdir(ROOT)
     if before:
         before()
-    import train
+    cli.run(importlib.import_module(name.removesuffix(".py")).main)
 
-    cli.run(train.main)
+
+def run_script(name, *arguments, **options):
+    """Run a script of the repository from its folder; returns the finished process with its text output.
+
+    In a fork, which spares it the loading of PyTorch; with options of subprocess.run, from scratch.
+    """
+    if options:
+        command = [sys.executable, ROOT / name, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, kind) for kind in ("out", "err")]
+        process = _start(name, arguments, *files)
+        process.join(300)
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
 
 
 def assert_one_line_error(finished, *parts):

@@ -102,6 +102,22 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(saved):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_what_is_written_reaches_the_disk_before_it_takes_its_name_and_the_name_after(saved, monkeypatch):
+    """The order that a loss of power asks for, which no test can cut off."""
+    path, model = saved
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append(("fsync", "folder" if os.path.isdir(name) else os.path.getsize(name)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("replace"), replace(*names)))
+    checkpoint.save(path, model, **DETAILS)
+    assert done == [("fsync", path.stat().st_size), "replace", ("fsync", "folder")]
+
+
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(saved):
     path, _ = saved
     code = (

@@ -115,7 +115,7 @@ def test_only_the_first_process_writes_and_speaks(tmp_path):
 def test_killed_workers_are_started_again_and_the_run_is_the_same_to_the_bit(tmp_path, tally):
     """Each of three workers in its turn, the first last, as soon as there is a new state saved."""
     processes = 3
-    flags = ["--model", "cnn", "--epochs", 12, "--batch-size", 33]
+    flags = ["--model", "cnn", "--epochs", 8, "--batch-size", 33]
     expected = run(processes, tmp_path / "expected", *flags)
     options = ["--max-restarts", processes]
     torchrun = start(processes, tmp_path / "run", *flags, "--save-every", 0.2, options=options)
@@ -145,7 +145,7 @@ def worker(parent, rank):
 
 
 def test_a_stop_of_all_is_one_clean_save(tmp_path):
-    torchrun = start(2, tmp_path / "run", "--model", "cnn", "--epochs", 30)
+    torchrun = start(2, tmp_path / "run", "--model", "cnn", "--epochs", 15)
     while "\n    1" not in (tmp_path / "run.log").read_text():
         assert torchrun.poll() is None
         time.sleep(0.05)
@@ -153,7 +153,7 @@ def test_a_stop_of_all_is_one_clean_save(tmp_path):
     torchrun.wait(60)
     said = (tmp_path / "run.log").read_text()
     assert re.search(r"interrupted .*, and saved; .*: torchrun --nproc-per-node=2 train.py --model cnn --resume", said)
-    assert run(2, tmp_path / "run", "--model", "cnn", "--resume")[-1]["epoch"] == 30
+    assert run(2, tmp_path / "run", "--model", "cnn", "--resume")[-1]["epoch"] == 15
     assert "resumed" in (tmp_path / "run.log").read_text()
 
 

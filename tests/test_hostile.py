@@ -240,6 +240,7 @@ def checkpoint_cases(folder, count, chance, wrong):
         return buffer.getvalue()
 
     def cases():
+        yield overlapping
         for operations in raw:
             yield lambda operations=operations: archive(b"\x80\x02" + operations + b".", whole)
             yield lambda operations=operations: b"\x80\x02" + operations + b"."
@@ -259,8 +260,18 @@ def checkpoint_cases(folder, count, chance, wrong):
         torch.save(value, buffer)
         return buffer.getvalue()
 
-    collide = b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(10_000))
-    raw = [b"]" * 100_000 + b"a" * 99_999, b"(" * 100_000 + b"t" * 100_000, b"}(" + collide + b"u"]  # keys of one hash
+    same_hash = [b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(100_000)]
+    raw = [b"]" * 60_000 + b"a" * 59_999, b"(" * 60_000 + b"t" * 60_000]
+    raw += [b"}(" + b"".join(same_hash[:n]) + b"u" for n in (10_000, 100_000)]
+
+    def overlapping():
+        """An archive that lists its largest part 60,000 times."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+            for member in old.infolist():
+                new.writestr(member.filename, old.read(member))
+            new.filelist += [max(new.filelist, key=lambda member: member.file_size)] * 60_000
+        return buffer.getvalue()
 
     for number, make in zip(range(count), cases(), strict=False):
         try:
