@@ -223,7 +223,7 @@ def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
 def stop_on_loading(number):
     import data
 
-    data.load = lambda *_, **__: os.kill(os.getpid(), number)
+    data.load = lambda *_, **__: signal.raise_signal(number)
 
 
 def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
@@ -359,6 +359,32 @@ def test_a_checkpoint_of_someone_else_is_kept_when_a_run_is_resumed(unfinished):
     assert b"not a checkpoint, but the user's" in outcome(unfinished).values()
 
 
+def stop_at_the_first_look():
+    import engine
+
+    count = engine.Training._count
+    engine.Training._count = lambda *arguments: count(*arguments) or True
+
+
+def test_a_resumed_run_goes_back_to_the_checkpoint_it_had(tmp_path):
+    """Where a crash came long after the save, so that the checkpoint and the history beside it are of later epochs."""
+    folder, kind = tmp_path / "run", ("cnn", "fast")
+    path, state = folder / "best_cnn_fmnist.pt", folder / "unfinished_cnn_fmnist.pt"
+    process = start(folder, kind)
+    wait_for("^    1", folder, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    saved = state.read_bytes()
+    assert run(folder, kind, "--resume") == 0
+    later = record.history_of(path)
+    state.write_bytes(saved)
+    assert run(folder, kind, "--resume", before=stop_at_the_first_look) == 143
+    history = record.history_of(path)  # None if the two did not belong together
+    assert history["status"] == "interrupted"
+    assert 0 < len(history["epochs"]) < len(later["epochs"])
+    assert history["best_epoch"] == len(history["epochs"])
+
+
 def test_two_trainings_at_once(tmp_path, expected, tally, tries):
     lost, wrong = [], []
     for number in range(3 * tries):
@@ -373,15 +399,27 @@ def test_two_trainings_at_once(tmp_path, expected, tally, tries):
     tally("two trainings at once", 3 * tries, lost, wrong)
 
 
+def diverge():
+    """From the 70th step on, in the second epoch."""
+    import engine
+
+    engine.rate = lambda recipe, step, steps: float("nan") if step > 70 else 1.0
+
+
 def test_a_loss_that_turns_nan(tmp_path, expected, tally):
     """It costs neither the earlier checkpoint nor the next run, and leaves nothing to go on with."""
-    folder = tmp_path / "run"
-    assert run(folder, CNN) == 0
-    assert run(folder, CNN, "--lr", "1e30", *ALWAYS) == 2
-    assert "the loss became nan in epoch 1" in said(folder)
-    lost = [] if outcome(folder) == expected(CNN) else [folder]
-    assert run(folder, CNN) == 0
-    tally("loss turning NaN", 1, lost, [] if outcome(folder) == expected(CNN) else [folder])
+    lost, wrong = [], []
+    for number, (more, before) in enumerate([(["--lr", "1e30"], None), ([], diverge)]):
+        folder = tmp_path / str(number)
+        assert run(folder, CNN) == 0
+        assert run(folder, CNN, "--seed", 1, *ALWAYS, *more, before=before) == 2
+        assert re.search(r"train.py: error: the loss became nan in epoch \d", said(folder))
+        if not any(content == expected(CNN)["best_cnn_fmnist.pt"] for content in outcome(folder).values()):
+            lost.append(number)
+        assert run(folder, CNN) == 0
+        if outcome(folder)["best_cnn_fmnist.pt"] != expected(CNN)["best_cnn_fmnist.pt"]:
+            wrong.append(number)
+    tally("loss turning NaN", 2, lost, wrong)
 
 
 # --- the disk --------------------------------------------------------------------------------------------
