@@ -203,15 +203,14 @@ def train(args, path, device, flags, seed, saved):
     fingerprint = functools.cache(lambda: data.fingerprint(*splits))
     torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(args.model).to(device)
-    precision = getattr(torch, flags["precision"])
+    precision = engine.pick_precision(flags["precision"], device)
     training = engine.Training(model, train, select, recipe, seed=seed, precision=precision)
     is_first, processes = distributed.rank() == 0, distributed.world()
     chosen = SELECTION[recipe.select].format(epochs=recipe.epochs, n=len(splits[1].labels))
     print(
         f"{args.model}, recipe {flags['recipe']}: {models.count_parameters(model):,} parameters on {device} in "
-        f"{flags['precision']}, seed {seed}; {len(train.labels):,} training images; {chosen}"
-        + f"; {processes} processes"
-        * (processes > 1),
+        f"{flags['precision']}{f', {processes} processes' if processes > 1 else ''}, seed {seed}; "
+        f"{len(train.labels):,} training images; {chosen}",
         flush=True,
     )
     record = Record(
