@@ -63,10 +63,13 @@ def mutate(content, chance):
 def try_one(use, results, name):
     """Call use(), which is to raise UserError in one line, or to succeed; anything else is noted."""
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             use()
         results["accepted"] += 1
+        if not said.getvalue().replace("\n", "").isprintable():
+            results["lost"].append(f"{name}: controls the terminal: {said.getvalue()!r}"[:500])
     except data.UserError as error:
         if "\n" in str(error) or not str(error).isprintable():
             results["lost"].append(f"{name}: not one line: {error!r}"[:500])
@@ -270,12 +273,12 @@ def checkpoint_cases(folder, count, chance, wrong):
     raw += [b"}(" + b"".join(same_hash[:n]) + b"u" for n in (10_000, 100_000)]
 
     def overlapping():
-        """An archive that lists its largest part 60,000 times."""
+        """An archive that lists its largest part 200,000 times."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
             for member in old.infolist():
                 new.writestr(member.filename, old.read(member))
-            new.filelist += [max(new.filelist, key=lambda member: member.file_size)] * 60_000
+            new.filelist += [max(new.filelist, key=lambda member: member.file_size)] * 200_000
         return buffer.getvalue()
 
     for number, make in zip(range(count), cases(), strict=False):
