@@ -64,8 +64,10 @@ def make_deterministic():
 def pick_precision(name, device):
     """torch.dtype of "float32", "bfloat16", "float16" (on a GPU), or "auto": the fastest the device has.
 
-    Raises TrainingError for float16 on a CPU, whose range it leaves.
+    Raises TrainingError for float16 on a CPU, whose range it leaves, and for any other name.
     """
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise TrainingError(f"{name!r} is no precision")
     if name == "auto":
         if device.type == "cuda":
             name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -235,16 +237,24 @@ class Training:
         self.model.load_state_dict(state["weights"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for number, tensors in own.items():
-                if any(tensor.shape not in (parameters[number].shape, ()) for tensor in tensors.values()):
-                    raise ValueError("the optimiser's tensors have other shapes")
+            expected = [  # the fused kernels believe what they are given
+                {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
+                for parameter in parameters
+            ]
+            if {n: {k: _layout(t) for k, t in own[n].items()} for n in own} != dict(enumerate(expected)):
+                raise ValueError("the optimiser's tensors have another layout")
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
-        if not (1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps):
+        in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps
+        if not (in_the_run and np.isfinite([self.loss, self.seconds]).all()):
             raise ValueError("its place lies outside of the run")
+
+
+def _layout(tensor):
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _check_finite(loss, where):

@@ -25,6 +25,8 @@ class FusedAdam(torch.optim.Adam):
     are the same. One group of parameters, and no option but the learning rate.
     """
 
+    STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps for each parameter
+
     def __init__(self, parameters, lr):
         super().__init__(parameters, lr=lr, fused=True)
         self._step_supports_amp_scaling = False  # let a GradScaler unscale the gradients itself
@@ -62,6 +64,8 @@ class Muon(torch.optim.Optimizer):
     matrix with a row for each output channel. torch.optim.Muon takes no convolutions, and iterates on the whole
     matrix in bfloat16, which most processors emulate.
     """
+
+    STATE = ("momentum",)
 
     def __init__(self, weights, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -203,6 +203,10 @@ def _to_tensor(content):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
+def _refuse(constant):
+    raise ValueError(f"{constant} in the history")
+
+
 def _from_tensor(tensor):
     if not tensor.is_contiguous() or tensor.dtype != torch.uint8:
         raise ValueError("not bytes")
@@ -263,7 +267,7 @@ def load_unfinished(path):
         return None
     saved = checkpoint.read(path)
     try:
-        saved = saved | {"history": json.loads(_from_tensor(saved["history"]))}
+        saved = saved | {"history": json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)}
         best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
         whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
         if saved["format"] == FORMAT and whole and _fits(saved, STATE):

@@ -223,7 +223,7 @@ def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
 def stop_on_loading(number):
     import data
 
-    data.load = lambda *_, **__: signal.raise_signal(number)
+    data.load = lambda *_, **__: (signal.raise_signal(number), time.sleep(10))
 
 
 def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
