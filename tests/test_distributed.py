@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,18 @@ def test_a_stop_of_all_is_one_clean_save(tmp_path):
     assert re.search(r"interrupted .*, and saved; .*: torchrun --nproc-per-node=2 train.py --model cnn --resume", said)
     assert run(2, tmp_path / "run", "--model", "cnn", "--resume")[-1]["epoch"] == 15
     assert "resumed" in (tmp_path / "run.log").read_text()
+
+
+def test_two_machines_are_one_training(tmp_path):
+    """As far as one machine can show: two torchruns that meet at an address. Either may get the first process."""
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
+    machines = [start(1, tmp_path / name, "--model", "mlp", options=options) for name in "ab"]
+    assert [machine.wait(100) for machine in machines] == [0, 0]
+    (path,) = tmp_path.glob("*/best_mlp_fmnist.json")
+    assert len(rows(path.parent)) == 5
+    assert json.loads(path.read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize("flags", [["--model", "vit"], ["--epochs", "0"], ["--model", "mlp", "--lr", "1e30"]])
