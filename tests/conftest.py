@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def _start(name, arguments, out, err, before=None):
 def _run(name, arguments, out, err, before):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background would ignore
     sys.argv = [name, *arguments]
     os.chdir(ROOT)
     if before:
