@@ -181,7 +181,8 @@ class Record:
             self._write()
         if status != "interrupted":
             unfinished_path(self.path).unlink(missing_ok=True)
-        if self.kept and self.kept.exists() and self.kept.read_bytes() == self.path.read_bytes():
+        place = self.kept and self.path.with_suffix(self.kept.suffix)
+        if self.kept and self.kept.exists() and place.exists() and self.kept.read_bytes() == place.read_bytes():
             self.kept.unlink()
             history_path(self.kept).unlink(missing_ok=True)
             return True

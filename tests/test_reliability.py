@@ -210,6 +210,18 @@ def test_asked_to_stop(tmp_path, harm, tally, tries, number, code):
     tally(f"{number.name} at a random moment", 4 * tries, harm.lost, harm.wrong)
 
 
+@pytest.mark.parametrize("name", ["best_cnn_fmnist.json", "best_cnn_fmnist.pt"])
+def test_asked_to_stop_before_the_first_epoch_ends_leaves_what_was_there(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("an earlier one")
+    assert run(folder, CNN, before=stop_at_the_first_look) == 143
+    assert "Traceback" not in said(folder)
+    assert {path.name for path in folder.iterdir()} == {name, "unfinished_cnn_fmnist.pt"}
+    assert run(folder, CNN, "--resume") == 0
+    assert b"an earlier one" in [path.read_bytes() for path in folder.iterdir()]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
     folder = tmp_path / "run"
