@@ -40,9 +40,9 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "cuda" and processes > 1:
-        if processes > gpus:
+        if processes > (gpus := torch.cuda.device_count()):
             raise TrainingError(f"{processes} processes on this machine need as many GPUs; it has {gpus}")
         name = f"cuda:{distributed.local_rank()}"
     try:
@@ -154,8 +154,9 @@ class Training:
         """Take the epoch's steps from where it stands. Returns whether a stop was asked for, which cuts it short."""
         start = time.perf_counter()
         seeds = derive_seeds(self.seed, self.epoch, n=self.steps + 1)
-        own_seeds = derive_seeds(self.seed, self.epoch, distributed.rank(), n=self.steps + 1)
-        order = {"first": self.step, "rank": distributed.rank(), "world": distributed.world()}
+        rank = distributed.rank()
+        own_seeds = derive_seeds(self.seed, self.epoch, rank, n=self.steps + 1) if rank else seeds
+        order = {"first": self.step, "rank": rank, "world": distributed.world()}
         recent = []  # of steps not yet counted: counting many at once keeps a step short
         seen = self.step * self.recipe.batch_size
         self.model.train()

@@ -71,14 +71,13 @@ class RunError(UserError):
 class Record:
     """Keeps the best epoch of one run at `path`, and an earlier run's checkpoint there under another name.
 
-    best_weights is the state_dict of the best epoch so far, kept is where an earlier checkpoint went. The figures in
-    the history are those of the run however often it was interrupted; only the times tell, and "resumed", a list.
+    kept is where an earlier checkpoint went. The figures in the history are those of the run however often it was
+    interrupted; only the times tell, and "resumed", a list.
     """
 
     def __init__(self, path, *, model, seed, flags, data, train_images, select_images, environment):
         self.path = Path(path)
-        self.best_weights = self.kept = None
-        self._best_content = None  # the bytes of the best checkpoint
+        self.kept = self._best_content = None  # the latter, the bytes of the best checkpoint
         self._seconds, self._started = 0.0, time.monotonic()
         self.history = {
             "model": model,
@@ -105,6 +104,11 @@ class Record:
         return number and self.history["epochs"][number - 1]
 
     @property
+    def best_weights(self):
+        """The state_dict of the best epoch so far."""
+        return checkpoint.from_bytes(self._best_content)["weights"]
+
+    @property
     def seconds(self):
         """Seconds of training so far, in this process and those before it, whatever becomes of the clock."""
         return self._seconds + time.monotonic() - self._started
@@ -122,7 +126,6 @@ class Record:
         best = self.best_epoch
         is_best = not best or "select_accuracy" not in row or row["select_accuracy"] > best["select_accuracy"]
         if is_best:
-            self.best_weights = {key: value.clone() for key, value in model.state_dict().items()}
             self._best_content = checkpoint.serialise(
                 model,
                 name=self.history["model"],
@@ -166,7 +169,6 @@ class Record:
             keep_aside(self.path)
         if saved["best"] is not None:
             self._best_content = _from_tensor(saved["best"])
-            self.best_weights = checkpoint.from_bytes(self._best_content)["weights"]
             checkpoint.write_atomically(self.path, self._best_content)
             self._write()
         return changed
