@@ -190,6 +190,24 @@ def normalise(images, dtype=torch.float32):
     return images.sub_(255 * MEAN).div_(255 * STD)
 
 
+def write(folder, parts):
+    """Write a data set of its own, with its SHA256SUMS, into a folder that load() then takes as data_dir.
+
+    parts: {"train" and "t10k": (images uint8 (n, 28, 28), labels int64 (n,))}, on the CPU.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = []
+    for part, (images, labels) in parts.items():
+        for name, magic, content in (
+            (f"{part}-images-idx3-ubyte", (IMAGES_MAGIC, len(images), *images.shape[1:]), images),
+            (f"{part}-labels-idx1-ubyte", (LABELS_MAGIC, len(labels)), labels.to(torch.uint8)),
+        ):
+            file = struct.pack(f">{len(magic)}I", *magic) + content.numpy().tobytes()
+            (folder / name).write_bytes(file)
+            sums.append(f"{hashlib.sha256(file).hexdigest()}  {name}\n")
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
 def _find(names, data_dir):
     """Arrays of the files `names` from the first source that has them all, and that source's name."""
     local = [(Path(data_dir).expanduser(), "given folder")] if data_dir else []
