@@ -10,6 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
 FIGURES = HERE / "figures"
+DEEP = HERE / "runs" / "deep"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
 OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: what all would say, the first one says
 

@@ -1,15 +1,17 @@
 """The long trainings behind the error analysis: other seeds of every model and recipe, and five folds.
 
-deep.run(data_dir=None, device="auto")   # hours, resumed where it was cut off
-results = deep.Results(fingerprint)      # what is there of it, at once
+deep.run(cli.DEEP, data_dir=None, device="auto")     # hours, resumed where it was cut off
+results = deep.Results(cli.DEEP, fingerprint)        # what is there of it, at once
 
 Each training is train.py's own. What the analysis needs of it is kept in a small JSON file, written when it has ended:
 runs/deep/<data>/<model>-<recipe>-<seed>.json and fold-<k>.json, <data> being the first digits of the images' SHA-256.
 """
 
 import hashlib
+import importlib.util
 import inspect
 import json
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ import corruptions
 import data
 import engine
 import errors
+import explain
 import models
 import recipes
 from record import history_of
@@ -40,11 +43,7 @@ class DeepError(data.UserError):
 
 
 class Stopped(Exception):
-    """A training was told to stop, and has saved itself. exit_code is what it asks for."""
-
-    def __init__(self, exit_code):
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+    """A training was told to stop, and has saved itself; its argument is the exit code that asks for."""
 
 
 class Results:
@@ -72,6 +71,21 @@ class Results:
                 return None
             probabilities[index] = np.reshape(result["probabilities"], (len(index), -1)) / PROBABILITY
         return probabilities / probabilities.sum(1, keepdims=True)
+
+    def embedding(self, digest, features=None):
+        """The 2-D map float64 (n, 2) of the checkpoint of that SHA-256, or None; with features, made where it lacks."""
+        path = self.folder / f"map-{digest[:8]}.json"
+        if not path.exists() and features is not None and features is not False:
+            if not importlib.util.find_spec("openTSNE"):
+                print(
+                    "no map: it needs the package openTSNE: pip install -r requirements-optional.txt", file=sys.stderr
+                )
+                return None
+            print("deep: a map of the features, in a minute or two", flush=True)
+            places = np.rint(explain.layout(features) * 100).astype(int)
+            checkpoint.write_atomically(path, json.dumps({"key": digest, "map": places.tolist()}).encode())
+        result = self.read(path.stem, digest)
+        return result and np.array(result["map"]) / 100
 
     def read(self, name, key):
         """The result of that name in jobs(), or None where there is none of just this training."""
@@ -111,7 +125,8 @@ def fold_indices(n):
 def run(folder, data_dir, device):
     """Do every training that has no result yet, telling how far it is.
 
-    folder: where the results are, a folder for each data set. Raises Stopped when told to stop: the same call goes on.
+    folder: where the results are, a folder for each data set. Returns 0, or the exit code that a signal asks for: the
+    training has saved itself then, and the same call goes on with it.
     """
     train, test = data.load("train+val", "test", data_dir=data_dir)
     results, every = Results(folder, data.fingerprint(train, test)), jobs()
@@ -128,13 +143,17 @@ def run(folder, data_dir, device):
         print(f"\ndeep: {name}, training {len(every) - len(left) + number + 1} of {len(every)}{eta}", flush=True)
         start = time.monotonic()
         own = results.folder / "checkpoints" / name
-        if name.startswith("fold"):
-            result = _train_fold(own, int(name.removeprefix("fold-")), key, train, test, device)
-        else:
-            result = _train_seed(own, key, test, data_dir, device)
+        try:
+            if name.startswith("fold"):
+                result = _train_fold(own, int(name.removeprefix("fold-")), key, train, test, device)
+            else:
+                result = _train_seed(own, key, test, data_dir, device)
+        except Stopped as stopped:
+            return stopped.args[0]
         seconds_an_epoch[key["model"]] = (time.monotonic() - start) / key["recipe"]["epochs"]
         text = json.dumps({"key": key, "data": test.source, **result}, allow_nan=False, ensure_ascii=False)
         checkpoint.write_atomically(results.folder / f"{name}.json", (text + "\n").encode())
+    return 0
 
 
 def _train(own, key, data_dir, device):

@@ -289,16 +289,23 @@ def wilson_interval(correct, n, confidence=0.95):
     return [float(interval.low), float(interval.high)]
 
 
-def expected_calibration_error(probabilities, labels, bins=ECE_BINS):
-    """Mean gap between confidence and accuracy over equal-width bins of confidence, weighted by their counts.
+def expected_calibration_error(probabilities, labels):
+    """Calibration error of the answers: probabilities float (n, 10), labels int (n,)."""
+    return calibration_error(probabilities.max(1), probabilities.argmax(1) == labels)
 
-    probabilities: float (n, 10); labels: int (n,). Guo et al. 2017, arXiv:1706.04599, equation 3.
+
+def calibration_error(scores, hits):
+    """Mean gap between score and share of hits over equal-width bins of the score, weighted by their counts.
+
+    scores: float (n,) in [0, 1]; hits: bool (n,). Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
-    confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == labels
-    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bin m is ((m-1)/bins, m/bins]
-    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    gaps = np.bincount(calibration_bins(scores), weights=hits - scores, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(scores))
+
+
+def calibration_bins(scores):
+    """The bin of each score, int (n,): bin m, counted from 0, is (m / ECE_BINS, (m + 1) / ECE_BINS]."""
+    return np.clip(np.ceil(scores * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
 
 
 def metrics(logits, labels):

@@ -72,7 +72,7 @@ def _shirt_share(mistakes):
         "finding": "Most mistakes involve Shirt",
         "criterion": "no class is part of more mistakes than Shirt, as the true or as the predicted one",
         "holds": bool(mistakes) and involved[SHIRT] == max(involved.values()),
-        "summary": f"{_told(share)} of all mistakes involve Shirt",
+        "summary": f"{told(share)} of all mistakes involve Shirt",
         "measured": {"shirt": share, "mistakes_involving": dict(involved.most_common())},
     }
 
@@ -95,7 +95,7 @@ def _shirt_partners(mistakes):
         "finding": "Shirt is confused with T-shirt/top, Pullover and Coat",
         "criterion": "these three are the classes it is confused with most, both directions counted",
         "holds": set(partners[:3]) == set(SHIRT_LIKE),
-        "summary": f"{_told(group)} of Shirt's mistakes are with these three: {listed or 'none'}",
+        "summary": f"{told(group)} of Shirt's mistakes are with these three: {listed or 'none'}",
         "measured": {"of_all_mistakes": measured, "of_shirt_mistakes": group},
     }
 
@@ -108,7 +108,7 @@ def _confident_share(mistakes, confident):
         "finding": "There are mistakes made with a confidence of 0.99 to 1.00",
         "criterion": f"at least one mistake has a softmax confidence of {CONFIDENT} or more",
         "holds": bool(confident),
-        "summary": f"{_told(share)} of all mistakes have it; most often {listed or 'none'}",
+        "summary": f"{told(share)} of all mistakes have it; most often {listed or 'none'}",
         "measured": {"confident": share, "pairs": pairs},
     }
 
@@ -123,7 +123,7 @@ def _sneaker_and_ankle_boot(confident):
         "finding": "Many of these confident mistakes are Sneaker against Ankle boot",
         "criterion": "no pair is more common among them",
         "holds": bool(count) and rank == 1,
-        "summary": f"{_told(share)} of them are, in rank {rank} of {len(pairs)} pairs",
+        "summary": f"{told(share)} of them are, in rank {rank} of {len(pairs)} pairs",
         "measured": {"sneaker_and_ankle_boot": share, "rank": rank},
     }
 
@@ -134,7 +134,8 @@ def _share(count, n):
     return {"count": count, "n": n, **share}
 
 
-def _told(share):
+def told(share):
+    """A count, its n, share and interval, of share(), in words."""
     if not share["n"]:
         return "none"
     low, high = share["ci95"]
