@@ -278,7 +278,7 @@ def _is_state_dict(content):
         isinstance(key, str)
         and key.isprintable()
         and isinstance(value, torch.Tensor)
-        and value.is_floating_point()
+        and (value.is_floating_point() or (value.dtype == torch.int64 and not value.dim()))  # batch norm's counter
         and value.layout == torch.strided
         and value.device.type == "cpu"
         for key, value in content.items()

@@ -22,6 +22,7 @@ SAMPLE = ROOT / "tests" / "sample"
 
 def pytest_addoption(parser):
     parser.addoption("--tries", type=int, default=1, help="take so many times the random tries in tests of faults")
+    parser.addoption("--report", type=lambda p: Path(p).resolve(), help="test this report.html, of the whole data set")
 
 
 @pytest.fixture
@@ -96,17 +97,18 @@ def _run(name, arguments, out, err, before):
     cli.run(importlib.import_module(name.removesuffix(".py")).main)
 
 
-def run_script(name, *arguments, **options):
+def run_script(name, *arguments, before=None, **options):
     """Run a script of the repository from its folder; returns the finished process with its text output.
 
-    In a fork, which spares it the loading of PyTorch; with options of subprocess.run, from scratch.
+    In a fork, which spares it the loading of PyTorch, where before() is called first; with options of subprocess.run,
+    from scratch.
     """
     if options:
         command = [sys.executable, ROOT / name, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, kind) for kind in ("out", "err")]
-        process = _start(name, arguments, *files)
+        process = _start(name, arguments, *files, before)
         process.join(300)
         return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
 

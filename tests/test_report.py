@@ -1,0 +1,419 @@
+"""The report and the deep trainings behind it, as a user has them: analyze_errors.py --deep, and a real browser.
+
+The browser's tests need Chromium (Debian's package chromium). `pytest tests/test_report.py --report FILE.html` has them
+look at a report that is there, of the whole data set, instead of one of the sample.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE, assert_one_line_error, run_script
+from PIL import Image
+from torch import nn
+
+import analysis
+import checkpoint
+import data
+import deep
+import engine
+import models
+import recipes
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+class Own(nn.Module):
+    """What a researcher might add: batch normalisation, a depthwise convolution, global pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.conv(images)))
+        return self.out(torch.relu(self.depthwise(x)).mean((2, 3)))
+
+
+def shorten():
+    """Trainings of a moment, of one recipe."""
+    for name in list(recipes.RECIPES)[1:]:
+        del recipes.RECIPES[name]
+    deep.FOLD_RECIPE, deep.FOLD_EPOCHS = "published", 2
+    for model, recipe in recipes.RECIPES["published"].items():
+        recipes.RECIPES["published"][model] = recipe._replace(epochs=2, batch_size=32)
+
+
+def add_own_model():
+    shorten()
+    models.MODELS["own"] = Own
+
+
+@pytest.fixture(scope="module")
+def analysed(trained, tmp_path_factory):
+    """A report of both models with all that --deep gives, and what was said: folder, analysis.json, stdout."""
+    folder = tmp_path_factory.mktemp("report")
+    paths = [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
+    finished = run_script(
+        "analyze_errors.py", *paths, "--deep", "--deep-dir", folder / "deep", "--data-dir", SAMPLE, "--figures-dir",
+        folder, before=shorten,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return folder, json.loads((folder / "analysis.json").read_text()), finished.stdout
+
+
+def page_data(path):
+    html = path.read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_the_groups_partition_the_mistakes(analysed):
+    folder, numbers, said = analysed
+    page = page_data(folder / "report.html")
+    for each, told in zip(numbers["report"]["checkpoints"], page["checkpoints"], strict=True):
+        assert list(each["groups"]) == ["label", "duplicate", "consensus", "unstable"]
+        mistakes = sum(answer != label for answer, label in zip(told["predicted"], page["labels"], strict=True))
+        assert sum(share["count"] for share in each["groups"].values()) == mistakes == told["mistakes"]
+        for name, share in each["groups"].items():
+            assert share["ci95"][0] <= share["share"] <= share["ci95"][1]
+            assert list(told["group_of"].values()).count(name) == share["count"]
+    assert "suspected label errors: " in said
+
+
+def test_consensus_is_what_five_trainings_answer_alike(analysed, sample):
+    folder, numbers, _ = analysed
+    page = page_data(folder / "report.html")
+    assert numbers["report"]["checkpoints"][0]["consensus_trainings"] == 5
+    (votes,) = [each["predicted"] for each in page["votes"] if each["name"].startswith("cnn, published")]
+    checked = 0
+    for i, group in page["checkpoints"][0]["group_of"].items():
+        answers = {vote[int(i)] for vote in votes} | {page["checkpoints"][0]["predicted"][int(i)]}
+        if group in ("consensus", "unstable"):
+            assert (len(answers) == 1) == (group == "consensus")
+            checked += 1
+    assert checked > 20
+
+
+def test_fold_probabilities_are_of_models_that_never_saw_the_image(analysed, sample):
+    folder = next((analysed[0] / "deep").iterdir())
+    everything = torch.cat([sample["train+val"].images, sample["test"].images])
+    index = deep.fold_indices(len(everything))
+    assert np.array_equal(np.sort(np.concatenate(index)), np.arange(1500))
+    for fold in (0, 3):
+        train, test = data.load("train+val", "test", data_dir=folder / "checkpoints" / f"fold-{fold}" / "data")
+        assert torch.equal(test.images, everything[index[fold]])
+        assert len(train.labels) + len(test.labels) == 1500
+        assert not set(map(bytes, train.images.numpy())) & set(map(bytes, test.images.numpy()))
+        model, _ = checkpoint.load(folder / "checkpoints" / f"fold-{fold}" / "best_cnn_fmnist.pt")
+        stored = json.loads((folder / f"fold-{fold}.json").read_text())["probabilities"]
+        expected = engine.predict_logits(model, test).double().softmax(1).flatten().numpy()
+        np.testing.assert_allclose(np.array(stored) / deep.PROBABILITY, expected, atol=1e-4)
+
+
+def test_the_same_command_goes_on_and_a_changed_recipe_is_trained_anew(analysed, trained, tmp_path):
+    shutil.copytree(analysed[0] / "deep", tmp_path / "deep")
+    (folder,) = (tmp_path / "deep").iterdir()
+    kept = (folder / "mlp-published-1.json").read_bytes()
+    (folder / "mlp-published-0.json").unlink()
+    changed = json.loads((folder / "mlp-published-2.json").read_text())
+    changed["key"]["recipe"]["lr"] = 5.0
+    (folder / "mlp-published-2.json").write_text(json.dumps(changed))
+    flags = (trained[0] / "best_mlp_fmnist.pt", "--deep-dir", tmp_path / "deep", "--data-dir", SAMPLE)
+    flags += ("--figures-dir", tmp_path)
+    without = run_script("analyze_errors.py", *flags, before=shorten)
+    assert "mlp-published-2.json" in without.stderr
+    assert "Consensus needs five trainings" in without.stdout
+    finished = run_script("analyze_errors.py", *flags, "--deep", before=shorten)
+    assert finished.returncode == 0, finished.stderr
+    assert "13 of 15 trainings" in finished.stdout
+    assert (folder / "mlp-published-1.json").read_bytes() == kept
+    assert "unstable mistakes: " in finished.stdout
+    assert json.loads((folder / "mlp-published-2.json").read_text())["key"]["recipe"]["lr"] == 1e-3
+
+
+def test_a_damaged_result_is_one_line(analysed, trained, tmp_path):
+    shutil.copytree(analysed[0] / "deep", tmp_path / "deep")
+    (folder,) = (tmp_path / "deep").iterdir()
+    (folder / "fold-2.json").write_text('{"key"')
+    finished = run_script(
+        "analyze_errors.py", trained[0] / "best_mlp_fmnist.pt", "--deep-dir", tmp_path / "deep", "--data-dir", SAMPLE,
+        "--figures-dir", tmp_path, before=shorten,
+    )  # fmt: skip
+    assert_one_line_error(finished, "fold-2.json", "delete it")
+
+
+def test_too_many_checkpoints_are_one_line(trained):
+    path = trained[0] / "best_mlp_fmnist.pt"
+    assert_one_line_error(
+        run_script("analyze_errors.py", *[path] * 7, "--data-dir", SAMPLE), "7 checkpoints", "up to 6"
+    )
+
+
+def test_a_model_of_ones_own_gets_all_of_it(analysed, tmp_path):
+    shutil.copytree(analysed[0] / "deep", tmp_path / "deep")
+    where = ("--data-dir", SAMPLE)
+    finished = run_script("train.py", "--model", "own", "--checkpoint-dir", tmp_path, *where, before=add_own_model)
+    assert finished.returncode == 0, finished.stderr
+    finished = run_script(
+        "analyze_errors.py", tmp_path / "best_own_fmnist.pt", "--deep", "--deep-dir", tmp_path / "deep",
+        "--figures-dir", tmp_path, *where, before=add_own_model,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "15 of 20 trainings" in finished.stdout
+    own = json.loads((tmp_path / "analysis.json").read_text())["report"]
+    page = page_data(tmp_path / "report.html")
+    assert list(own["checkpoints"][0]["groups"]) == ["label", "duplicate", "consensus", "unstable"]
+    assert own["checkpoints"][0]["temperature"] > 0
+    assert [row["name"] for row in own["robustness"]] == ["mlp, published", "cnn, published", "own, published"]
+    assert page["checkpoints"][0]["map_method"] == "Grad-CAM"
+    assert page["map"]
+    assert [row["trainings"] for row in own["checkpoints"][0]["findings"]] == [5] * 4
+
+
+def sprite(source):
+    """The images of a sprite in a data URL, uint8 (many, 28, 28)."""
+    picture = np.array(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("L"))
+    across = picture.shape[1] // 28
+    return picture.reshape(-1, 28, across, 28).transpose(0, 2, 1, 3).reshape(-1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def report(request, analysed):
+    """Path of the report under test, its data, and the splits it is of."""
+    given = request.config.getoption("--report")
+    path = given or analysed[0] / "report.html"
+    train, test = data.load("train+val", "test", data_dir=None if given else SAMPLE)
+    return path, page_data(path), train, test
+
+
+def test_every_picture_is_the_one_it_says(report):
+    _, page, train, test = report
+    for source, images, index in (
+        ("test", test.images, range(page["n"])),
+        ("train", train.images, page["train"]["index"]),
+    ):
+        shown = sprite(page["sprites"][source]).astype(float)
+        true = images.numpy()[list(index)].astype(float)
+        error = np.sqrt(((shown[: len(true)] - true) ** 2).mean((1, 2)))
+        assert np.median(error) < 10  # grey levels of 255: the pictures are compressed
+        assert error.max() < 40
+    assert page["labels"] == "".join(map(str, test.labels.tolist()))
+    assert page["train"]["labels"] == "".join(str(train.labels[i].item()) for i in page["train"]["index"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not BROWSER:
+        pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    """The report as opened by a double-click; anything on the console, and any request but its own, fails the test."""
+    opened = browser.new_page(viewport={"width": 1440, "height": 900})
+    complaints = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda request: request.url.startswith(("data:", "file:")) or complaints.append(request.url))
+    opened.goto(f"file://{report[0]}")
+    opened.wait_for_selector("body[data-ready]")
+    yield opened
+    opened.close()
+    assert complaints == []
+
+
+def indices(page):
+    """All images of the grid, every page of it."""
+    while page.locator("#more").is_visible():
+        page.evaluate("for (let k = 0; k < 50 && !document.getElementById('more').hidden; k++) $('more').click()")
+    return page.evaluate("[...document.querySelectorAll('#grid button')].map(b => +b.dataset.index)")
+
+
+def facts(told):
+    labels = np.array([int(c) for c in told["labels"]])
+    predicted = np.array([int(c) for c in told["checkpoints"][0]["predicted"]])
+    probabilities = np.reshape(told["checkpoints"][0]["probabilities"], (-1, 10)) / 10_000
+    return labels, predicted, probabilities
+
+
+def test_each_cell_of_the_matrix_shows_exactly_its_images(page, report):
+    labels, predicted, _ = facts(report[1])
+    counts = np.array(page.locator("#matrix button").all_inner_texts()).astype(int).reshape(10, 10)
+    for true in range(10):
+        for answer in range(10):
+            expected = np.flatnonzero((labels == true) & (predicted == answer))
+            assert counts[true, answer] == len(expected)
+            if true == answer and len(expected) > 200 and true:
+                continue  # one full diagonal cell of the whole set will do
+            page.locator(f"[data-true='{true}'][data-predicted='{answer}']").click()
+            assert sorted(indices(page)) == expected.tolist()
+
+
+def test_every_filter_and_order(page, report):
+    told = report[1]
+    labels, predicted, probabilities = facts(told)
+    wrong, confidence = labels != predicted, probabilities.max(1)
+    flagged = np.isin(np.arange(told["n"]), told["duplicates"])
+    suspect = np.isin(np.arange(told["n"]), [int(i) for i in told["suspects"]])
+    bits = np.array(told["ambiguity"]) / 100
+    group = np.array([told["checkpoints"][0]["group_of"].get(str(i), "") for i in range(told["n"])])
+    cases = [
+        ("f-what", "right", ~wrong), ("f-true", "6", wrong & (labels == 6)),
+        ("f-predicted", "0", wrong & (predicted == 0)),
+        *[("f-group", name, group == name) for name in analysis.GROUPS],
+        ("f-confidence", "0.5,0.9", wrong & (confidence >= 0.5) & (confidence < 0.9)),
+        ("f-confidence", "0,0.5", wrong & (confidence < 0.5)),
+        ("f-ambiguity", "1,9", wrong & (bits >= 1)), ("f-ambiguity", "0,0.001", wrong & (bits == 0)),
+        ("f-suspect", "yes", wrong & suspect), ("f-duplicate", "yes", wrong & flagged),
+        ("f-duplicate", "no", wrong & ~flagged),
+    ]  # fmt: skip
+    for control, value, expected in cases:
+        page.locator("#reset").click()
+        page.select_option(f"#{control}", value)
+        assert sorted(indices(page)) == np.flatnonzero(expected).tolist(), (control, value)
+        assert page.locator("#count").inner_text().startswith(f"{expected.sum()} images")
+    rank = np.full(told["n"], told["n"])
+    for i, row in told["suspects"].items():
+        rank[int(i)] = row["rank"]
+    orders = {
+        "confident": -confidence, "doubtful": confidence, "ambiguous": -bits, "suspect": rank,
+        "near": np.array(told["distance"]), "index": np.arange(told["n"]),
+    }  # fmt: skip
+    for name, key in orders.items():
+        page.locator("#reset").click()
+        page.select_option("#f-order", name)
+        assert indices(page) == sorted(np.flatnonzero(wrong), key=lambda i: (key[i], i)), name
+    assert set(orders) == set(page.locator("#f-order option").evaluate_all("all => all.map(o => o.value)"))
+
+
+def test_an_image_opens_with_all_that_is_known_of_it(page, report):
+    told, train, test = report[1:]
+    _, _, probabilities = facts(told)
+    order = page.evaluate("shown")
+    page.locator("#grid button").first.click()
+    for step in range(3):
+        i = order[step]
+        assert page.locator("#h-image").inner_text().startswith(f"Image {i}: label {data.CLASSES[test.labels[i]]}")
+        pixels = np.array(page.evaluate("[...$('large').getContext('2d').getImageData(0, 0, 28, 28).data]"))
+        picture = pixels.reshape(28, 28, 4)[..., 0].astype(float)
+        distances = ((test.images.float().numpy() - picture) ** 2).mean((1, 2))
+        assert distances.argmin() == i  # of all test images, the one shown is this one
+        heat = np.array(page.evaluate("[...$('heat').getContext('2d').getImageData(0, 0, 28, 28).data]"))
+        assert (heat != pixels).any()
+        rows = page.locator("#answers table").first.locator("tr").all_inner_texts()
+        assert len(rows) == 10
+        for row in rows:
+            name, percent = row.split("\t")[0], row.split("\t")[-1].strip(" >%")
+            assert float(percent) / 100 == pytest.approx(probabilities[i, data.CLASSES.index(name)], abs=2e-4)
+        near = page.locator("#near li").evaluate_all("all => all.map(li => [+li.dataset.train, li.innerText])")
+        assert len(near) == 5
+        for number, text in near:
+            assert text.startswith(data.CLASSES[train.labels[number]])
+        votes = page.locator("#votes tr").all_inner_texts()
+        assert len(votes) == len(told["votes"])
+        for row, vote in zip(votes, told["votes"], strict=True):
+            said = [line[i] for line in vote["predicted"]]
+            for name, count in re.findall(r"([A-Z][\w/ -]+?) (\d+)(?:,|$)", row.split("\t")[1]):
+                assert said.count(str(data.CLASSES.index(name))) == int(count)
+        page.keyboard.press("ArrowRight") if step else page.locator("#next").click()
+    page.keyboard.press("ArrowLeft")
+    page.locator("#previous").click()
+    assert page.locator("#h-image").inner_text().startswith(f"Image {order[1]}:")
+    page.keyboard.press("Escape")
+    assert not page.locator("#image").is_visible()
+    page.locator("#grid button").nth(2).click()
+    page.locator("#close").click()
+    assert not page.locator("#image").is_visible()
+
+
+def test_groups_calibration_coverage_map_and_theme(page, report):
+    told = report[1]
+    first = told["checkpoints"][0]
+    for key, share in first["groups"].items():
+        if share["count"]:
+            page.locator(f"[data-group={key}]").click()
+            assert len(indices(page)) == share["count"]
+    assert f"{first['before']['ece']:.4f}" in page.locator("#before h3").inner_text()
+    page.select_option("#calclass", "Shirt")
+    assert f"{first['before']['classes']['Shirt']['error']:.4f}" in page.locator("#before h3").inner_text()
+    if first["after"]:
+        assert f"{first['after']['classes']['Shirt']['error']:.4f}" in page.locator("#after h3").inner_text()
+    page.locator("#cover").fill("50")
+    half = min(first["coverage"], key=lambda point: abs(point["coverage"] - 0.5))
+    assert f"({half['n']} images" in page.locator("#covertold").inner_text()
+    assert f"{100 * half['accuracy']:.2f}% right" in page.locator("#covertold").inner_text()
+    if told["map"]:
+        box = page.locator("#map").bounding_box()
+        x, y = told["map"][2 * 7 : 2 * 7 + 2]
+        page.locator("#map").click(position={"x": x / 1000 * box["width"], "y": y / 1000 * box["height"]})
+        opened = int(re.match(r"Image (\d+)", page.locator("#h-image").inner_text())[1])
+        near = np.reshape(told["map"], (-1, 2))
+        assert np.abs(near[opened] - (x, y)).max() <= 4
+        page.locator("#close").click()
+    ground = "getComputedStyle(document.body).backgroundColor"
+    page.select_option("#theme", "light")
+    light = page.evaluate(ground)
+    page.select_option("#theme", "dark")
+    assert page.evaluate(ground) != light == "rgb(255, 255, 255)"
+
+
+def test_the_matrix_and_an_image_by_keyboard_alone(page):
+    page.locator("[data-true='0'][data-predicted='0']").focus()
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert page.evaluate("[document.activeElement.dataset.true, document.activeElement.dataset.predicted]") == [
+        "2",
+        "0",
+    ]
+    page.keyboard.press("Enter")
+    assert page.evaluate("[$('f-true').value, $('f-predicted').value, $('f-what').value]") == ["2", "0", "all"]
+    page.locator("#grid button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#image").is_visible()
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.parentElement.parentElement.id") == "grid"  # back where one was
+
+
+def test_several_checkpoints_side_by_side(page, report):
+    told = report[1]
+    if len(told["checkpoints"]) < 2:
+        pytest.skip("the report is of one checkpoint")
+    answers = [each["predicted"] for each in told["checkpoints"]]
+    differ = [i for i in range(told["n"]) if len({each[i] for each in answers}) > 1]
+    page.select_option("#f-what", "all")
+    page.select_option("#f-agree", "no")
+    assert sorted(indices(page)) == differ
+    assert page.locator("#disagreements").inner_text() == str(len(differ))
+    page.locator("#grid button").first.click()
+    assert page.locator("#answers table").count() == len(answers)
+    page.locator("#close").click()
+    page.select_option("#which", "1")
+    counts = np.array(page.locator("#matrix button").all_inner_texts()).astype(int).reshape(10, 10)
+    labels = np.array([int(c) for c in told["labels"]])
+    second = np.array([int(c) for c in answers[1]])
+    assert np.trace(counts) == (labels == second).sum()
+
+
+def test_it_fits_a_phone_and_is_named_for_screen_readers(page, report):
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#grid button").first.click()
+    assert page.evaluate("$('image').scrollWidth <= $('image').clientWidth")
+    controls = page.locator("button, select, input")
+    assert controls.evaluate_all("all => all.filter(e => !(e.innerText || e.ariaLabel || e.labels?.length))") == []
+    assert report[0].stat().st_size < 8e6
