@@ -94,17 +94,21 @@ def measure(name, model, info, test, val, unfit):
 
 def duplicates(features, train_features, train, test):
     """What near-duplicates are judged by, of each test image: pixel, feature and feature_pixel of near_duplicates(),
-    and the indices int64 (n, NEIGHBOURS) of the training images nearest in features.
+    the indices int64 (n, NEIGHBOURS) of the training images nearest in features, and (n,) of the nearest in pixels.
     """
     flat = [split.images.cpu().flatten(1).float() / 255 for split in (test, train)]
-    pixel, _ = explain.nearest(*flat, 1)
+    pixel, near_in_pixels = explain.nearest(*flat, 1)
     distance, near = explain.nearest(F.normalize(features), F.normalize(train_features), NEIGHBOURS)
     size = flat[0].shape[1]
-    return {
-        "pixel": (pixel[:, 0] / size**0.5).numpy(),
-        "feature": (distance[:, 0] ** 2 / 2).numpy(),  # of unit vectors: half the squared distance is 1 - cosine
-        "feature_pixel": (flat[0] - flat[1][near[:, 0]]).square().mean(1).sqrt().numpy(),
-    }, near.numpy()
+    return (
+        {
+            "pixel": (pixel[:, 0] / size**0.5).numpy(),
+            "feature": (distance[:, 0] ** 2 / 2).numpy(),  # of unit vectors: half the squared distance is 1 - cosine
+            "feature_pixel": (flat[0] - flat[1][near[:, 0]]).square().mean(1).sqrt().numpy(),
+        },
+        near.numpy(),
+        near_in_pixels[:, 0].numpy(),
+    )
 
 
 def assemble(checkpoints, train_features, train, test, results, embedding):
@@ -114,8 +118,9 @@ def assemble(checkpoints, train_features, train, test, results, embedding):
     embedding: float (n, 2) or None.
     """
     first, labels, n = checkpoints[0], test.labels.cpu().numpy(), len(test.labels)
-    judged, near = duplicates(first["features"], train_features, train, test)
+    judged, near, near_in_pixels = duplicates(first["features"], train_features, train, test)
     duplicate = analysis.near_duplicates(**judged)
+    partner = np.where(judged["pixel"] < analysis.PIXEL_LIMIT, near_in_pixels, near[:, 0])
     every = np.concatenate([train.labels.cpu().numpy(), labels])
     out_of_fold = results.out_of_fold(len(every))
     issues = None if out_of_fold is None else analysis.label_issues(every, out_of_fold)
@@ -128,7 +133,8 @@ def assemble(checkpoints, train_features, train, test, results, embedding):
     numbers = {
         "checkpoints": [],
         "label_issues": label_numbers(out_of_fold, issues, every, len(train.labels)),
-        "near_duplicates": duplicate_numbers(judged, duplicate, ~first["wrong"]),
+        "near_duplicates": duplicate_numbers(judged, duplicate, ~first["wrong"])
+        | {"of_another_label": int((labels != train.labels.cpu().numpy()[partner])[duplicate].sum())},
         "robustness": robustness_rows(seeds),
         "disagreements": None,
     }
@@ -347,7 +353,10 @@ def notes(numbers):
         lines.append(
             "Consensus needs five trainings of this model and recipe: python analyze_errors.py --deep does them."
         )
-    line = f"{double['test']['count']:,} of {double['test']['n']:,} test images are near-duplicates of training images"
+    line = (
+        f"{double['test']['count']:,} of {double['test']['n']:,} test images are near-duplicates of training images, "
+        f"{double['of_another_label']} of them with another label"
+    )
     if double["accuracy_of_them"]["n"] and double["accuracy_without"]["n"]:
         line += (
             f": accuracy {double['accuracy_of_them']['share']:.2%} on them, {double['accuracy_without']['share']:.2%} "
