@@ -266,10 +266,10 @@ function drawCoverage() {
   const point = C.coverage.reduce((best, each) => Math.abs(each.coverage - wanted) < Math.abs(best.coverage - wanted) ? each : best);
   $("covertold").textContent = `${percent(point.coverage, 0)} (${point.n} images, confidence from ${point.threshold.toFixed(3)}): ${percent(point.accuracy, 2)} right`;
   const floor = Math.floor(10 * Math.min(...D.checkpoints.flatMap(each => each.coverage.map(p => p.accuracy)))) / 10;
-  const c = chart(640, 260, [0, 1], [Math.min(floor, 0.9), 1], "accuracy against coverage", v => percent(v, 0), v => percent(v, 0));
+  const c = chart(480, 240, [0, 1], [Math.min(floor, 0.9), 1], "accuracy against coverage", v => percent(v, 0), v => percent(v, 0));
   D.checkpoints.forEach((each, number) => c.path(each.coverage.map(p => [p.coverage, p.accuracy]), { stroke: D.checkpoints.length > 1 ? COLOURS[number] : "var(--accent)", "stroke-opacity": each === C ? 1 : 0.5 }));
   c.svg.append(make("circle", { cx: c.x(point.coverage), cy: c.y(point.accuracy), r: 5, fill: "var(--label)" }));
-  c.svg.append(make("text", { x: 340, y: 256, "text-anchor": "middle" }, "share of the images answered"));
+  c.svg.append(make("text", { x: 260, y: 237, "text-anchor": "middle" }, "share of the images answered"));
   $("coverage").replaceChildren(c.svg);
 }
 $("cover").oninput = drawCoverage;
