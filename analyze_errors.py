@@ -70,7 +70,7 @@ def main(argv=None):
         measured_all.append(report.measure(cli.shown(path), model.to(device), info, on_device[2], on_device[1], unfit))
     first, info = measured_all[0], loaded[0][2]
     _, train_features = explain.features(loaded[0][1], on_device[0])
-    embedding = results.embedding(checkpoint.file_sha256(args.checkpoints[0]), args.deep and first["features"])
+    embedding = results.embedding(checkpoint.file_sha256(args.checkpoints[0]), first["features"] if args.deep else None)
     page, numbers = report.assemble(measured_all, train_features, train, test, results, embedding)
     if results.stale:
         print(

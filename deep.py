@@ -75,7 +75,7 @@ class Results:
     def embedding(self, digest, features=None):
         """The 2-D map float64 (n, 2) of the checkpoint of that SHA-256, or None; with features, made where it lacks."""
         path = self.folder / f"map-{digest[:8]}.json"
-        if not path.exists() and features is not None and features is not False:
+        if not path.exists() and features is not None:
             if not importlib.util.find_spec("openTSNE"):
                 print(
                     "no map: it needs the package openTSNE: pip install -r requirements-optional.txt", file=sys.stderr
@@ -133,13 +133,16 @@ def run(folder, data_dir, device):
     results.folder.mkdir(parents=True, exist_ok=True)
     left = [name for name, key in every.items() if not results.read(name, key)]
     print(f"deep: {len(every) - len(left)} of {len(every)} trainings are in {cli.shown(results.folder)}", flush=True)
-    seconds_an_epoch = {}  # by model, as it went here
+    pace = {}  # by model, as it went here: seconds an epoch, and seconds of all else
     for number, name in enumerate(left):
         key = every[name]
         costs = [
-            every[other]["recipe"]["epochs"] * seconds_an_epoch.get(every[other]["model"], 0) for other in left[number:]
+            every[other]["recipe"]["epochs"] * pace[every[other]["model"]][0] + pace[every[other]["model"]][1]
+            for other in left[number:]
+            if every[other]["model"] in pace
         ]
-        eta = f", about {timedelta(seconds=round(sum(costs)))} for all that is left" if all(costs) else ""
+        known = len(costs) == len(left) - number
+        eta = f", about {timedelta(seconds=round(sum(costs)))} for all that is left" if known else ""
         print(f"\ndeep: {name}, training {len(every) - len(left) + number + 1} of {len(every)}{eta}", flush=True)
         start = time.monotonic()
         own = results.folder / "checkpoints" / name
@@ -150,7 +153,8 @@ def run(folder, data_dir, device):
                 result = _train_seed(own, key, test, data_dir, device)
         except Stopped as stopped:
             return stopped.args[0]
-        seconds_an_epoch[key["model"]] = (time.monotonic() - start) / key["recipe"]["epochs"]
+        training = result["training_seconds"]
+        pace[key["model"]] = (training / key["recipe"]["epochs"], max(0, time.monotonic() - start - training))
         text = json.dumps({"key": key, "data": test.source, **result}, allow_nan=False, ensure_ascii=False)
         checkpoint.write_atomically(results.folder / f"{name}.json", (text + "\n").encode())
     return 0

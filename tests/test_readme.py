@@ -85,11 +85,27 @@ def test_the_shipped_figures_are_of_the_shipped_checkpoint_and_their_numbers_are
         pytest.skip("figures/ has been drawn anew here")
     assert analysis["checkpoint_sha256"] == run["checkpoint_sha256"]
     assert f"({analysis['mistakes']} mistakes)" in README
-    for finding in analysis["findings"]:
+    report = analysis["report"]
+    (shipped_one,) = report["checkpoints"]
+    assert sum(group["count"] for group in shipped_one["groups"].values()) == analysis["mistakes"]
+    for group in shipped_one["groups"].values():
+        low, high = group["ci95"]
+        assert f"| {group['count']} | {group['share']:.1%} | {low:.1%} to {high:.1%} |" in README
+    for finding in shipped_one["findings"]:
         (row,) = re.findall(rf"^\| {re.escape(finding['finding'])} \|.*$", README, re.MULTILINE)
-        assert row.endswith("| confirmed |" if finding["holds"] else "| not confirmed |")
-        for number in re.findall(r"\d+%?", row.split("|")[2]):
-            assert re.search(rf"\b{number}", finding["summary"])
+        _, _, measured, trainings, verdict, _ = row.split("|")
+        assert measured.strip() in finding["summary"]
+        assert (trainings.strip(), verdict.strip()) == (finding["seeds"], finding["verdict"])
+    for row in report["robustness"]:
+        cells = " | ".join(f"{value:.1%}" for value in (row["clean"], *row["mean"].values(), row["all"]))
+        assert f"| {row['name']} | {row['n']} | {cells} |" in README
+    issues, double = report["label_issues"], report["near_duplicates"]
+    for told in (
+        f"{issues['train']['count']} training and {issues['test']['count']} test labels",
+        f"{double['test']['count']} test images",
+        f"from {shipped_one['calibration_before']['ece']:.4f} to {shipped_one['calibration_after']['ece']:.4f}",
+    ):
+        assert told in README
 
 
 def test_every_file_the_readme_names_is_there():
