@@ -12,7 +12,7 @@ import cli
 
 SHOWN_MISTAKES = 25
 SHOWN_PAIRS = 10
-MOST_CHECKPOINTS = 6  # that fit into a page
+MOST_CHECKPOINTS = 5  # that fit into a page of 8 MB
 
 
 def parse_args(argv=None):
@@ -23,7 +23,7 @@ def parse_args(argv=None):
         nargs="*",
         type=Path,
         default=[cli.DEFAULT_CHECKPOINT],
-        help="one, or up to six to compare; the *.png are of the first (default: checkpoints/best_cnn_fmnist.pt)",
+        help="one, or up to five to compare; the *.png are of the first (default: checkpoints/best_cnn_fmnist.pt)",
     )
     parser.add_argument("--figures-dir", metavar="DIR", type=Path, default=cli.FIGURES, help="default: figures")
     parser.add_argument(

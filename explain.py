@@ -49,8 +49,9 @@ def nearest(queries, references, k):
 def attention_maps(model, split, predicted):
     """Maps of the evidence for the predicted class, float32 (n, MAP_SIZE, MAP_SIZE) in [0, 1], and the method's name.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last convolution; of a model without one, gradient times
-    input (Shrikumar et al. 2016, arXiv:1605.01713), its magnitude. predicted: int64 (n,). Each map's maximum is 1.
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last convolution's output after ReLU, without which half
+    of the CNN's maps would be empty; of a model without a convolution, the magnitude of gradient times input (Shrikumar
+    et al. 2016, arXiv:1605.01713). predicted: int64 (n,). Each map's maximum is 1.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     method = "Grad-CAM" if convolutions else "gradient x input"
@@ -68,7 +69,8 @@ def attention_maps(model, split, predicted):
             (gradient,) = torch.autograd.grad(score, source)
             with torch.no_grad():
                 if convolutions:
-                    found = F.relu((gradient.mean((2, 3), keepdim=True) * source).sum(1, keepdim=True))
+                    weights = gradient.mean((2, 3), keepdim=True)
+                    found = F.relu((weights * F.relu(source)).sum(1, keepdim=True))
                 else:
                     found = (
                         gradient * (source + 1) / 2

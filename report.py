@@ -26,8 +26,8 @@ from data import CLASSES
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROBABILITY = 10_000  # what a probability of 1 is in the page
 MAP_LEVELS = 15  # of grey in a map
-TEST_QUALITY, TRAIN_QUALITY = 75, 40  # of WebP
-NEIGHBOURS, NEIGHBOURS_OF_OTHERS = 5, 2  # pictured for what a reader looks at first, and for the rest
+TEST_QUALITY, TRAIN_QUALITY = 70, 30  # of WebP, so that five checkpoints take less than 8 MB
+NEIGHBOURS = 5  # pictured for what a reader looks at first: mistakes, suspects, near-duplicates
 KEY_SHARES = ("shirt", "of_shirt_mistakes", "confident", "sneaker_and_ankle_boot")  # in errors.check_findings's order
 
 METHODS = (
@@ -167,7 +167,8 @@ def assemble(checkpoints, train_features, train, test, results, embedding):
         numbers["disagreements"] = int((answers != answers[0]).any(0).sum())
 
     notable = first["wrong"] | duplicate | (suspect if suspect is not None else False)
-    neighbours = [row[: NEIGHBOURS if notable[i] else NEIGHBOURS_OF_OTHERS] for i, row in enumerate(near)]
+    fewer = 2 if len(checkpoints) == 1 else 1  # for the rest: thousands of pictures
+    neighbours = [row[: NEIGHBOURS if notable[i] else fewer] for i, row in enumerate(near)]
     pictured = np.unique(np.concatenate(neighbours))
     rank = {} if suspects is None else {i: place for place, i in enumerate(suspects)}
     page = {
@@ -388,7 +389,7 @@ def webp(images, quality):
 def map_sprite(maps):
     """Maps float (n, s, s) in [0, 1] as a picture of few levels of grey."""
     levels = np.rint(maps * MAP_LEVELS) * (255 // MAP_LEVELS)
-    return _url(sheet(levels.astype(np.uint8)), "PNG", optimize=True)
+    return _url(sheet(levels.astype(np.uint8)), "WEBP", lossless=True, method=6)
 
 
 def _url(picture, form, **options):

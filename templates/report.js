@@ -55,6 +55,7 @@ function heat(canvas, picture, number) {
   const small = make("canvas", { width: D.map_size, height: D.map_size });
   cut(small, picture, number, D.map_size);
   const values = small.getContext("2d").getImageData(0, 0, D.map_size, D.map_size);
+  const any = values.data.some((value, at) => at % 4 !== 3 && value);
   for (let at = 0; at < values.data.length; at += 4) {
     const value = values.data[at];
     values.data.set([255, 190 - 0.6 * value, 0, 0.75 * value], at);
@@ -63,6 +64,7 @@ function heat(canvas, picture, number) {
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = true;
   context.drawImage(small, 0, 0, SIZE, SIZE);
+  return any;
 }
 
 // ---- what mistakes are made of
@@ -189,8 +191,8 @@ function show(at) {
   $("facts").textContent = facts.join("; ") + ".";
   cut($("large"), pictures.test, i, SIZE);
   cut($("heat"), pictures.test, i, SIZE);
-  heat($("heat"), pictures.maps[D.checkpoints.indexOf(C)], i);
-  $("heatname").textContent = `${C.map_method}: the evidence for ${D.classes[answer(i)]}`;
+  const found = heat($("heat"), pictures.maps[D.checkpoints.indexOf(C)], i);
+  $("heatname").textContent = `${C.map_method}: ${found ? "the" : "finds no"} evidence for ${D.classes[answer(i)]}`;
   $("answers").replaceChildren(...D.checkpoints.map(c => {
     const body = make("tbody");
     D.classes.map((name, k) => [name, probability(i, k, c)]).sort((a, b) => b[1] - a[1]).forEach(([name, p]) => body.append(make("tr", {},

@@ -179,18 +179,18 @@ def test_a_model_of_ones_own_gets_all_of_it(analysed, tmp_path):
     assert [row["trainings"] for row in own["checkpoints"][0]["findings"]] == [5] * 4
 
 
-def sprite(source):
-    """The images of a sprite in a data URL, uint8 (many, 28, 28)."""
+def sprite(source, size=28):
+    """The images of a sprite in a data URL, uint8 (many, size, size)."""
     picture = np.array(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("L"))
-    across = picture.shape[1] // 28
-    return picture.reshape(-1, 28, across, 28).transpose(0, 2, 1, 3).reshape(-1, 28, 28)
+    across = picture.shape[1] // size
+    return picture.reshape(-1, size, across, size).transpose(0, 2, 1, 3).reshape(-1, size, size)
 
 
 @pytest.fixture(scope="module")
-def report(request, analysed):
+def report(request):
     """Path of the report under test, its data, and the splits it is of."""
     given = request.config.getoption("--report")
-    path = given or analysed[0] / "report.html"
+    path = given or request.getfixturevalue("analysed")[0] / "report.html"
     train, test = data.load("train+val", "test", data_dir=None if given else SAMPLE)
     return path, page_data(path), train, test
 
@@ -304,6 +304,8 @@ def test_every_filter_and_order(page, report):
 def test_an_image_opens_with_all_that_is_known_of_it(page, report):
     told, train, test = report[1:]
     _, _, probabilities = facts(told)
+    maps = sprite(told["checkpoints"][0]["maps"], told["map_size"])
+    assert maps[: told["n"]].any((1, 2)).mean() > 0.9
     order = page.evaluate("shown")
     page.locator("#grid button").first.click()
     for step in range(3):
@@ -314,7 +316,8 @@ def test_an_image_opens_with_all_that_is_known_of_it(page, report):
         distances = ((test.images.float().numpy() - picture) ** 2).mean((1, 2))
         assert distances.argmin() == i  # of all test images, the one shown is this one
         heat = np.array(page.evaluate("[...$('heat').getContext('2d').getImageData(0, 0, 28, 28).data]"))
-        assert (heat != pixels).any()
+        assert (heat != pixels).any() == maps[i].any()
+        assert ("finds no evidence" in page.locator("#heatname").inner_text()) == (not maps[i].any())
         rows = page.locator("#answers table").first.locator("tr").all_inner_texts()
         assert len(rows) == 10
         for row in rows:
