@@ -151,7 +151,7 @@ def assemble(checkpoints, train_features, train, test, results, embedding):
             {key: each[key] for key in ("name", "model", "recipe", "seed", "temperature", "temperature_note")}
             | {key: each["metrics"][key] for key in ("n", "accuracy", "accuracy_ci95", "log_loss", "confusion_matrix")}
             | {"calibration_before": each["before"], "calibration_after": each["after"], "groups": shares}
-            | {"consensus_trainings": len(own), "findings": findings}
+            | {"coverage": each["coverage"], "consensus_trainings": len(own), "findings": findings}
         )
         told.append(
             {key: each[key] for key in ("name", "model", "before", "after", "temperature", "temperature_note")}
