@@ -130,16 +130,6 @@ def group(wrong, suspect, duplicate, agreed):
     return groups
 
 
-def share(count, n):
-    """A count of n as a dict: count, n, share and its 95% Wilson interval, None without any."""
-    return {
-        "count": int(count),
-        "n": int(n),
-        "share": count / n if n else None,
-        "ci95": engine.wilson_interval(int(count), int(n)) if n else None,
-    }
-
-
 def ambiguity(votes):
     """Entropy, in bits, of all trainings' answers to each image: float64 (n,); votes: int (trainings, n)."""
     shares = np.stack([(votes == k).mean(0) for k in range(len(CLASSES))])

@@ -90,7 +90,7 @@ def main(argv=None):
         "data": test.source,
         **{key: measured[key] for key in ("n", "accuracy", "accuracy_ci95", "confusion_matrix")},
         "mistakes": len(mistakes),
-        "findings": errors.check_findings(mistakes),
+        "findings": first["findings"],
         "report": numbers,
         "confused_pairs": pairs,
         "confident_mistakes": mistakes[:SHOWN_MISTAKES],

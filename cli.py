@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, "" if OTHER_PROCESS else f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
+        tell(f"{self.prog}: error: {one_line(message)} (--help lists the flags)")
+        self.exit(2)
 
 
 def add_common(parser):
@@ -78,6 +80,14 @@ def shown(path):
 def one_line(message):
     """An error or a text as one line of what a terminal can show."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
+
+
+def tell(error):
+    """Print an error that ends all processes, once: torchrun ends the first one too when another is gone before it."""
+    if OTHER_PROCESS:
+        time.sleep(10)
+    else:
+        print(error, file=sys.stderr)
 
 
 def plain(dtype):
@@ -133,7 +143,6 @@ def run(main):
 
         if not isinstance(error, UserError | OSError):
             raise
-        if not OTHER_PROCESS:
-            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        tell(f"{name}: error: {one_line(error)}")
         status = 2
     sys.exit(status)

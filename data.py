@@ -367,6 +367,8 @@ def _read_idx(path, magic):
             pixels = f" of {size[0]}x{size[1]} pixels" if size else ""
             raise DataError(f"{path.name} announces {count:,} {kind[magic]}{pixels}: not Fashion-MNIST")
         expected = count * 784 if magic == IMAGES_MAGIC else count
+        if path.stat().st_size > expected + expected // 100 + 1000:  # a .gz of a million empty members takes long
+            raise DataError(f"{path.name} is longer than its header announces")
         payload = file.read(expected + 1)
     if len(payload) < expected:
         raise DataError(f"{path.name} is truncated: {len(payload):,} of {expected:,} bytes")

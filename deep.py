@@ -53,13 +53,9 @@ class Results:
         self.folder = Path(folder, fingerprint[:8])
         self.stale = []  # names of files that are of changed code, or of another recipe
 
-    def seeds(self, model=None, recipe=None):
-        """Results of seed trainings, in the order of models, recipes and seeds; of one model or recipe if given."""
-        found = [
-            self.read(name, key)
-            for name, key in jobs().items()
-            if not name.startswith("fold") and model in (None, key["model"]) and recipe in (None, key["recipe_name"])
-        ]
+    def seeds(self):
+        """Results of the seed trainings, in the order of jobs()."""
+        found = [self.read(name, key) for name, key in jobs().items() if not name.startswith("fold")]
         return [result for result in found if result]
 
     def out_of_fold(self, n):

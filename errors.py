@@ -67,7 +67,7 @@ def check_findings(mistakes):
 
 def _shirt_share(mistakes):
     involved = Counter(name for mistake in mistakes for name in (mistake["true"], mistake["predicted"]))
-    share = _share(involved[SHIRT], len(mistakes))
+    share = share_of(involved[SHIRT], len(mistakes))
     return {
         "finding": "Most mistakes involve Shirt",
         "criterion": "no class is part of more mistakes than Shirt, as the true or as the predicted one",
@@ -87,9 +87,9 @@ def _shirt_partners(mistakes):
         partners.append(partner)
         if partner in SHIRT_LIKE:
             shirt_as, as_shirt = ("a_as_b", "b_as_a") if shirt_first else ("b_as_a", "a_as_b")
-            share = _share(pair["total"], len(mistakes))
+            share = share_of(pair["total"], len(mistakes))
             measured[partner] = {"shirt_as_it": pair[shirt_as], "it_as_shirt": pair[as_shirt]} | share
-    group = _share(sum(share["count"] for share in measured.values()), total)
+    group = share_of(sum(share["count"] for share in measured.values()), total)
     listed = ", ".join(f"{name} {share['count']}" for name, share in measured.items())
     return {
         "finding": "Shirt is confused with T-shirt/top, Pullover and Coat",
@@ -101,7 +101,7 @@ def _shirt_partners(mistakes):
 
 
 def _confident_share(mistakes, confident):
-    share = _share(len(confident), len(mistakes))
+    share = share_of(len(confident), len(mistakes))
     pairs = confused_pairs(confident)
     listed = ", ".join(f"{pair['a']} and {pair['b']} {pair['total']}" for pair in pairs[:4])
     return {
@@ -118,7 +118,7 @@ def _sneaker_and_ankle_boot(confident):
     counts = {(pair["a"], pair["b"]): pair["total"] for pair in pairs}
     count = counts.get(("Sneaker", "Ankle boot"), 0)
     rank = 1 + sum(other > count for other in counts.values())
-    share = _share(count, len(confident))
+    share = share_of(count, len(confident))
     return {
         "finding": "Many of these confident mistakes are Sneaker against Ankle boot",
         "criterion": "no pair is more common among them",
@@ -128,14 +128,15 @@ def _sneaker_and_ankle_boot(confident):
     }
 
 
-def _share(count, n):
+def share_of(count, n):
     """A count and its share of n with the 95% Wilson interval; share and interval are None when n is 0."""
+    count, n = int(count), int(n)
     share = {"share": count / n, "ci95": wilson_interval(count, n)} if n else {"share": None, "ci95": None}
     return {"count": count, "n": n, **share}
 
 
 def told(share):
-    """A count, its n, share and interval, of share(), in words."""
+    """A count, its n, share and interval, of share_of(), in words."""
     if not share["n"]:
         return "none"
     low, high = share["ci95"]

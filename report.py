@@ -1,6 +1,6 @@
 """The interactive report: what is known of checkpoints' mistakes, in one HTML file that needs no network.
 
-page, numbers = report.assemble(checkpoints, train, test, results)   # of report.measure
+page, numbers = report.assemble(checkpoints, train_features, train, test, results, embedding)   # of report.measure
 html = report.render(page)
 
 The page is templates/report.html.j2 with report.css and report.js; its data is JSON, its images are sprites.
@@ -78,6 +78,7 @@ def measure(name, model, info, test, val, unfit):
     result["wrong"] = result["predicted"] != labels.numpy()
     result["coverage"] = analysis.coverage_curve(probabilities.max(1), ~result["wrong"])
     result["mistakes"] = errors.most_confident_mistakes(probabilities, labels.numpy())
+    result["findings"] = errors.check_findings(result["mistakes"])
     result["maps"], result["map_method"] = explain.attention_maps(model, test, torch.as_tensor(result["predicted"]))
     if not unfit:
         val_logits = engine.predict_logits(model, val)
@@ -114,83 +115,59 @@ def duplicates(features, train_features, train, test):
 def assemble(checkpoints, train_features, train, test, results, embedding):
     """What the page holds, and the numbers of it for analysis.json.
 
-    checkpoints: of measure, the first being the one that neighbours and near-duplicates are of; results: deep.Results;
-    embedding: float (n, 2) or None.
+    checkpoints: of measure, the first being the one that neighbours and near-duplicates are of; train_features:
+    float32 (n, d), its features of the training images; results: deep.Results; embedding: float (n, 2) or None.
     """
     first, labels, n = checkpoints[0], test.labels.cpu().numpy(), len(test.labels)
+    train_labels = train.labels.cpu().numpy()
     judged, near, near_in_pixels = duplicates(first["features"], train_features, train, test)
     duplicate = analysis.near_duplicates(**judged)
-    partner = np.where(judged["pixel"] < analysis.PIXEL_LIMIT, near_in_pixels, near[:, 0])
-    every = np.concatenate([train.labels.cpu().numpy(), labels])
+    twin = np.where(judged["pixel"] < analysis.PIXEL_LIMIT, near_in_pixels, near[:, 0])
+    every = np.concatenate([train_labels, labels])
     out_of_fold = results.out_of_fold(len(every))
     issues = None if out_of_fold is None else analysis.label_issues(every, out_of_fold)
-    suspects = None if issues is None else [int(i) - len(train.labels) for i in issues if i >= len(train.labels)]
+    suspects = None if issues is None else [int(i) - len(train_labels) for i in issues if i >= len(train_labels)]
     suspect = None if suspects is None else np.isin(np.arange(n), suspects)
     seeds = results.seeds()
-    votes = np.array([digits(each["predicted"]) for each in seeds])
-    ambiguity = analysis.ambiguity(votes) if len(seeds) else None
-
+    trainings = by_training(seeds)
+    dissected = [
+        dissect(each, suspect, duplicate, trainings.get((each["model"], each["recipe"]), [])) for each in checkpoints
+    ]
+    answers = np.array([each["predicted"] for each in checkpoints])
     numbers = {
-        "checkpoints": [],
-        "label_issues": label_numbers(out_of_fold, issues, every, len(train.labels)),
+        "checkpoints": [in_json for in_json, _ in dissected],
+        "label_issues": label_numbers(out_of_fold, issues, every, len(train_labels)),
         "near_duplicates": duplicate_numbers(judged, duplicate, ~first["wrong"])
-        | {"of_another_label": int((labels != train.labels.cpu().numpy()[partner])[duplicate].sum())},
-        "robustness": robustness_rows(seeds),
-        "disagreements": None,
+        | {"of_another_label": int((labels != train_labels[twin])[duplicate].sum())},
+        "robustness": robustness_rows(trainings),
+        "disagreements": int((answers != answers[0]).any(0).sum()) if len(checkpoints) > 1 else None,
     }
-    told = []
-    for each in checkpoints:
-        own = results.seeds(each["model"], each["recipe"])
-        agreed = analysis.consensus(each["predicted"], np.array([digits(other["predicted"]) for other in own]))
-        groups = analysis.group(each["wrong"], suspect, duplicate, agreed)
-        names = [name for name in analysis.GROUPS if agreed is not None or name not in ("consensus", "unstable")]
-        names = [name for name in names if suspect is not None or name != "label"] + ["unknown"] * (agreed is None)
-        shares = {name: analysis.share((groups == name).sum(), each["wrong"].sum()) for name in names}
-        findings = findings_rows(errors.check_findings(each["mistakes"]), own)
-        numbers["checkpoints"].append(
-            {key: each[key] for key in ("name", "model", "recipe", "seed", "temperature", "temperature_note")}
-            | {key: each["metrics"][key] for key in ("n", "accuracy", "accuracy_ci95", "log_loss", "confusion_matrix")}
-            | {"calibration_before": each["before"], "calibration_after": each["after"], "groups": shares}
-            | {"coverage": each["coverage"], "consensus_trainings": len(own), "findings": findings}
-        )
-        told.append(
-            {key: each[key] for key in ("name", "model", "before", "after", "temperature", "temperature_note")}
-            | {"accuracy": each["metrics"]["accuracy"], "ci": each["metrics"]["accuracy_ci95"]}
-            | {"told": f"{each['model']}, recipe {each['recipe']}", "mistakes": int(each["wrong"].sum())}
-            | {"groups": shares, "group_of": {int(i): groups[i] for i in np.flatnonzero(each["wrong"])}}
-            | {"coverage": each["coverage"], "predicted": text(each["predicted"]), "map_method": each["map_method"]}
-            | {"probabilities": np.rint(each["probabilities"] * PROBABILITY).astype(int).flatten().tolist()}
-            | {"maps": map_sprite(each["maps"].numpy())}
-        )
-    if len(checkpoints) > 1:
-        answers = np.array([each["predicted"] for each in checkpoints])
-        numbers["disagreements"] = int((answers != answers[0]).any(0).sum())
 
     notable = first["wrong"] | duplicate | (suspect if suspect is not None else False)
     fewer = 2 if len(checkpoints) == 1 else 1  # for the rest: thousands of pictures
     neighbours = [row[: NEIGHBOURS if notable[i] else fewer] for i, row in enumerate(near)]
     pictured = np.unique(np.concatenate(neighbours))
-    rank = {} if suspects is None else {i: place for place, i in enumerate(suspects)}
+    votes = np.array([digits(each["predicted"]) for each in seeds])
     page = {
         "n": n,
         "data": test.source,
         "classes": list(CLASSES),
         "groups": analysis.GROUPS | {"unknown": "not known without five trainings"},
         "labels": text(labels),
-        "checkpoints": told,
-        "suspects": None if suspects is None else suspect_rows(rank, out_of_fold[-n:], labels),
+        "checkpoints": [in_page for _, in_page in dissected],
+        "suspects": None if suspects is None else suspect_rows(suspects, out_of_fold[-n:], labels),
         "duplicates": np.flatnonzero(duplicate).tolist(),
         "distance": np.rint(np.minimum(judged["pixel"], judged["feature_pixel"]) * 10_000).astype(int).tolist(),
-        "ambiguity": None if ambiguity is None else np.rint(100 * ambiguity).astype(int).tolist(),
+        "ambiguity": np.rint(100 * analysis.ambiguity(votes)).astype(int).tolist() if seeds else None,
         "neighbours": [np.searchsorted(pictured, row).tolist() for row in neighbours],
-        "train": {"index": pictured.tolist(), "labels": text(train.labels.cpu().numpy()[pictured])},
-        "votes": vote_rows(seeds),
+        "train": {"index": pictured.tolist(), "labels": text(train_labels[pictured])},
+        "votes": vote_rows(trainings),
         "robustness": {"kinds": corruptions.KINDS, "rows": numbers["robustness"], "strengths": corruptions.STRENGTHS},
         "map": None if embedding is None else plane(embedding),
         "map_size": explain.MAP_SIZE,
         "sprites": {
-            "test": webp(test.images.cpu().numpy(), TEST_QUALITY),
-            "train": webp(train.images.cpu().numpy()[pictured], TRAIN_QUALITY),
+            "test": sprite(test.images.cpu().numpy(), quality=TEST_QUALITY),
+            "train": sprite(train.images.cpu().numpy()[pictured], quality=TRAIN_QUALITY),
         },
         "disagreements": numbers["disagreements"],
         "notes": notes(numbers),
@@ -198,6 +175,43 @@ def assemble(checkpoints, train_features, train, test, results, embedding):
         "methods": METHODS,
     }
     return page, numbers
+
+
+def dissect(each, suspect, duplicate, own):
+    """What one checkpoint's mistakes are made of, as (for analysis.json, for the page).
+
+    each: of measure; suspect (or None) and duplicate: bool (n,); own: the results of trainings of its kind.
+    """
+    agreed = analysis.consensus(each["predicted"], np.array([digits(other["predicted"]) for other in own]))
+    groups = analysis.group(each["wrong"], suspect, duplicate, agreed)
+    names = [name for name in analysis.GROUPS if agreed is not None or name not in ("consensus", "unstable")]
+    names = [name for name in names if suspect is not None or name != "label"] + ["unknown"] * (agreed is None)
+    metrics, wrong = each["metrics"], int(each["wrong"].sum())
+    both = {
+        **{key: each[key] for key in ("name", "model", "temperature", "temperature_note", "coverage")},
+        "groups": {name: errors.share_of((groups == name).sum(), wrong) for name in names},
+        "accuracy": metrics["accuracy"],
+    }
+    in_json = both | {
+        **{key: each[key] for key in ("recipe", "seed")},
+        **{key: metrics[key] for key in ("n", "accuracy_ci95", "log_loss", "confusion_matrix")},
+        "calibration_before": each["before"],
+        "calibration_after": each["after"],
+        "consensus_trainings": len(own),
+        "findings": findings_rows(each["findings"], own),
+    }
+    levels = np.rint(each["maps"].numpy() * MAP_LEVELS) * (255 // MAP_LEVELS)  # few, so that the picture stays small
+    in_page = both | {
+        **{key: each[key] for key in ("before", "after", "map_method")},
+        "ci": metrics["accuracy_ci95"],
+        "told": f"{each['model']}, recipe {each['recipe']}",
+        "mistakes": wrong,
+        "group_of": {int(i): groups[i] for i in np.flatnonzero(each["wrong"])},
+        "predicted": text(each["predicted"]),
+        "probabilities": np.rint(each["probabilities"] * PROBABILITY).astype(int).flatten().tolist(),
+        "maps": sprite(levels.astype(np.uint8), lossless=True, method=6),
+    }
+    return in_json, in_page
 
 
 def render(page):
@@ -233,9 +247,9 @@ def label_numbers(out_of_fold, issues, labels, n_train):
         return None
     n_test = len(labels) - n_train
     return {
-        "out_of_fold_accuracy": analysis.share((out_of_fold.argmax(1) == labels).sum(), len(labels)),
-        "train": analysis.share((issues < n_train).sum(), n_train),
-        "test": analysis.share((issues >= n_train).sum(), n_test),
+        "out_of_fold_accuracy": errors.share_of((out_of_fold.argmax(1) == labels).sum(), len(labels)),
+        "train": errors.share_of((issues < n_train).sum(), n_train),
+        "test": errors.share_of((issues >= n_train).sum(), n_test),
         "by_class": {name: int((labels[issues] == k).sum()) for k, name in enumerate(CLASSES)},
         "train_indices": [int(i) for i in issues if i < n_train],
         "test_indices": [int(i) - n_train for i in issues if i >= n_train],
@@ -247,13 +261,13 @@ def duplicate_numbers(judged, duplicate, correct):
 
     def at(scale):
         found = analysis.near_duplicates(**judged, scale=scale)
-        return {"scale": scale, "count": int(found.sum())} | {"without": analysis.share(*_sums(correct[~found]))}
+        return {"scale": scale, "count": int(found.sum())} | {"without": errors.share_of(*_sums(correct[~found]))}
 
     return {
-        "test": analysis.share(*_sums(duplicate)),
-        "accuracy": analysis.share(*_sums(correct)),
-        "accuracy_of_them": analysis.share(*_sums(correct[duplicate])),
-        "accuracy_without": analysis.share(*_sums(correct[~duplicate])),
+        "test": errors.share_of(*_sums(duplicate)),
+        "accuracy": errors.share_of(*_sums(correct)),
+        "accuracy_of_them": errors.share_of(*_sums(correct[duplicate])),
+        "accuracy_without": errors.share_of(*_sums(correct[~duplicate])),
         "other_limits": [at(scale) for scale in (0.5, 0.75, 1.0, 1.5, 2.0)],
     }
 
@@ -262,7 +276,7 @@ def _sums(truths):
     return int(truths.sum()), len(truths)
 
 
-def suspect_rows(rank, out_of_fold, labels):
+def suspect_rows(suspects, out_of_fold, labels):
     """By test image: its place among the suspects, what a model that never saw it says, and how sure that is."""
     return {
         i: {
@@ -271,7 +285,7 @@ def suspect_rows(rank, out_of_fold, labels):
             "p": round(float(out_of_fold[i].max()), 4),
             "own": round(float(out_of_fold[i, labels[i]]), 4),
         }
-        for i, place in rank.items()
+        for place, i in enumerate(suspects)
     }
 
 
@@ -283,17 +297,17 @@ def by_training(seeds):
     return groups
 
 
-def vote_rows(seeds):
+def vote_rows(trainings):
     return [
         {"name": f"{model}, {recipe} (of {len(own)})", "predicted": [each["predicted"] for each in own]}
-        for (model, recipe), own in by_training(seeds).items()
+        for (model, recipe), own in trainings.items()
     ]
 
 
-def robustness_rows(seeds):
+def robustness_rows(trainings):
     """For every model and recipe, mean accuracies over its trainings: clean, by kind and strength, and means."""
     rows = []
-    for (model, recipe), own in by_training(seeds).items():
+    for (model, recipe), own in trainings.items():
         curves = {kind: np.mean([each["robustness"][kind] for each in own], 0).tolist() for kind in corruptions.KINDS}
         rows.append(
             {
@@ -382,17 +396,8 @@ def sheet(images):
     return Image.fromarray(rows.reshape(across * size, across * size))
 
 
-def webp(images, quality):
-    return _url(sheet(images), "WEBP", quality=quality, method=4)
-
-
-def map_sprite(maps):
-    """Maps float (n, s, s) in [0, 1] as a picture of few levels of grey."""
-    levels = np.rint(maps * MAP_LEVELS) * (255 // MAP_LEVELS)
-    return _url(sheet(levels.astype(np.uint8)), "WEBP", lossless=True, method=6)
-
-
-def _url(picture, form, **options):
+def sprite(images, **options):
+    """All images uint8 (n, s, s) as one WebP, in a data URL; options are Pillow's."""
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    sheet(images).save(buffer, "WEBP", **options)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -81,7 +81,7 @@ function drawGroups() {
       make("td", {}, String(group.count)), make("td", {}, percent(group.share)), make("td", {}, range)));
   }
   const head = make("thead", {}, make("tr", {}, ...["group", "mistakes", "share", "95% interval"].map(text => make("th", {}, text))));
-  $("made").replaceChildren(bar, make("div", { class: "scroll" }, make("table", {}, head, body)));
+  $("made").replaceChildren(bar, make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "the groups in numbers" }, make("table", {}, head, body)));
 }
 
 // ---- confusion matrix
@@ -97,7 +97,7 @@ function drawMatrix() {
       "aria-label": `${D.classes[t]} taken for ${D.classes[p]}: ${count} images`,
       onclick: () => filter({ what: "all", true: t, predicted: p }),
     }, String(count));
-    if (t !== p && count) button.style.background = `color-mix(in srgb, var(--label) ${Math.round(12 + 50 * Math.sqrt(count / most))}%, var(--panel))`;
+    if (t !== p && count) button.style.background = `color-mix(in srgb, var(--label) ${Math.round(12 + 40 * Math.sqrt(count / most))}%, var(--panel))`;
     return make("td", {}, button);
   })));
   $("matrix").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));

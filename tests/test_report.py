@@ -154,7 +154,7 @@ def test_a_damaged_result_is_one_line(analysed, trained, tmp_path):
 def test_too_many_checkpoints_are_one_line(trained):
     path = trained[0] / "best_mlp_fmnist.pt"
     assert_one_line_error(
-        run_script("analyze_errors.py", *[path] * 7, "--data-dir", SAMPLE), "7 checkpoints", "up to 6"
+        run_script("analyze_errors.py", *[path] * 6, "--data-dir", SAMPLE), "6 checkpoints", "up to 5"
     )
 
 
