@@ -109,6 +109,8 @@ def jobs():
 
 def _key(model, recipe, seed, **changes):
     values = recipes.find(recipe, model)._replace(**changes)._asdict()
+    defaults = recipes.Recipe._field_defaults  # left out, so that a new kind of value leaves old results as they are
+    values = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
     code = hashlib.sha256(inspect.getsource(models.MODELS[model]).encode()).hexdigest()[:16]
     return {"model": model, "code": code, "recipe_name": recipe, "recipe": values, "seed": seed}
 
