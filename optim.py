@@ -18,26 +18,37 @@ NATIVE_BFLOAT16 = bool(  # does this processor multiply it natively? Else PyTorc
 NORM_EPS = 1e-14  # of a gradient that is zero
 
 
-class FusedAdam(torch.optim.Adam):
+class Optimizer(torch.optim.Optimizer):
+    """PyTorch's, without the wrappers that load its compiler on their first call: a second or two of every start."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
+    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
+
+
+class FusedAdam(Optimizer):
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) on PyTorch's fused kernel, called without detours.
 
-    The checks that torch.optim.Adam makes around each step are a tenth of the MLP's epoch; numbers and state_dict
+    The checks that torch.optim.Adam makes around each step are a tenth of the MLP's epoch; its numbers and its state
     are the same. One group of parameters, and no option but the learning rate.
     """
 
     STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps for each parameter
 
     def __init__(self, parameters, lr):
-        super().__init__(parameters, lr=lr, fused=True)
-        self._step_supports_amp_scaling = False  # let a GradScaler unscale the gradients itself
+        super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not all(parameter in self.state for parameter in parameters):
-            super().step()  # which sets up the state
-            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         states = [self.state[parameter] for parameter in parameters]
         adam(
             parameters,
@@ -48,16 +59,16 @@ class FusedAdam(torch.optim.Adam):
             [state["step"] for state in states],
             fused=True,
             lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
             amsgrad=False,
             maximize=False,
         )
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, made orthogonal, is the update.
 
     Every direction of a weight matrix then moves alike, however small its gradient. A convolution's weight is the
