@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch: else two processes wait for one another's threads
+
 import cli  # first: it keeps the libraries' caches inside the clone
 import data
 import kernels
@@ -54,7 +56,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 _forks = multiprocessing.get_context("forkserver")  # a fork of a process that has PyTorch starts at once
-_forks.set_forkserver_preload(["torch._dynamo", "scipy.stats", "tqdm", "filelock"])
+_forks.set_forkserver_preload(["torch", "scipy.stats", "tqdm", "filelock"])
 
 
 def in_a_fork(function, *arguments):

@@ -18,22 +18,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SAMPLE, start_training
+from conftest import SAMPLE, in_a_fork, start_training
 
 import checkpoint
 import record
 
 TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
 EPOCHS = {  # of runs that take about a second
-    ("mlp", "published"): 25,
+    ("mlp", "published"): 12,
     ("cnn", "published"): 3,
-    ("mlp", "fast"): 12,
-    ("cnn", "fast"): 5,
-    ("mlp", "best"): 12,
-    ("cnn", "best"): 5,
+    ("mlp", "fast"): 6,
+    ("cnn", "fast"): 3,
+    ("mlp", "best"): 6,
+    ("cnn", "best"): 3,
 }
 ALWAYS = ("--save-every", "0.001")  # which is every 25 steps: several times an epoch
-CNN = ("cnn", "published")
+CNN, MLP = ("cnn", "published"), ("mlp", "published")
 
 
 def flags(kind):
@@ -81,15 +81,20 @@ def outcome(folder):
 def expected(tmp_path_factory):
     """expected(kind) is the outcome of an uninterrupted run of that kind."""
     outcomes = {}
+    in_a_fork(int)  # so that the first run is no slower than the others
 
     def of(kind):
         if kind not in outcomes:
             folder = tmp_path_factory.mktemp("expected") / "-".join(kind)
+            begun = time.monotonic()
             assert run(folder, kind) == 0
+            training = json.loads((folder / f"best_{kind[0]}_fmnist.json").read_text())["training_seconds"]
+            of.seconds[kind] = time.monotonic() - begun, training
             outcomes[kind] = outcome(folder)
             assert outcomes[kind].keys() == {f"best_{kind[0]}_fmnist.pt", f"best_{kind[0]}_fmnist.json"}
         return outcomes[kind]
 
+    of.seconds = {}  # by kind: of the whole run, and of its training
     return of
 
 
@@ -114,16 +119,17 @@ def harm(expected):
 # --- killed ----------------------------------------------------------------------------------------------
 
 
-def test_killed_at_random_moments(tmp_path, harm, tally, tries):
-    """Each kind of run, killed five times in a row; if it has come to its end before, another begins."""
+def test_killed_at_random_moments(tmp_path, harm, expected, tally, tries):
+    """Each kind of run, killed three times in a row; if it has come to its end before, another begins."""
     chance, resumed = random.Random(0), 0
     for kind in EPOCHS:
-        kills = 0
-        while kills < 5 * tries:
-            folder = tmp_path / f"{'-'.join(kind)}-{kills}"
-            for _ in range(5):
+        expected(kind)
+        kills, whole, runs = 0, expected.seconds[kind][0], 0
+        while kills < 3 * tries:
+            folder, runs = tmp_path / f"{'-'.join(kind)}-{runs}", runs + 1
+            for _ in range(3):
                 process = start(folder, kind, *ALWAYS, "--resume")
-                process.join(chance.uniform(0.05, 0.7))
+                process.join(whole * chance.uniform(0.1, 0.9))
                 process.kill()
                 process.join()
                 resumed += "resumed" in said(folder)
@@ -184,22 +190,23 @@ def test_killed_at_every_step_of_a_save(tmp_path, harm, tally):
     """Over the first epoch: three of the state, then the checkpoint and its history."""
     for number in range(1, 21):
         folder = tmp_path / str(number)
-        assert run(folder, CNN, *ALWAYS, before=partial(kill_at, number)) == -signal.SIGKILL
+        assert run(folder, MLP, *ALWAYS, before=partial(kill_at, number)) == -signal.SIGKILL
         for path in folder.glob("[!.]*.pt"):
             checkpoint.read(path)  # is whole
-        harm.resume(folder, CNN)
+        harm.resume(folder, MLP)
     tally("SIGKILL at every step of writing", 20, harm.lost, harm.wrong)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop(tmp_path, harm, tally, tries, number, code):
+def test_asked_to_stop(tmp_path, harm, expected, tally, tries, number, code):
     chance = random.Random(1)
     for attempt in range(4 * tries):
         kind = chance.choice(list(EPOCHS))
+        expected(kind)
         folder = tmp_path / str(attempt)
         process = start(folder, kind)
         wait_for("^epoch", folder, process)
-        time.sleep(chance.uniform(0, 0.4))
+        time.sleep(expected.seconds[kind][1] * chance.uniform(0, 0.5))
         os.kill(process.pid, number)
         process.join()
         assert process.exitcode == code, said(folder)
@@ -241,7 +248,7 @@ def stop_on_loading(number):
 def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
     """By a clock that goes on for a second with each look at it."""
     folder, log = tmp_path / "run", tmp_path / "saves"
-    assert run(folder, CNN, "--epochs", 20, "--save-every", 12, before=partial(tick, log)) == 0
+    assert run(folder, MLP, "--epochs", 20, "--save-every", 12, before=partial(tick, log)) == 0
     saves = [int(line) for line in log.read_text().split()]
     assert len(saves) > 3
     assert all(after - before <= 12 for before, after in pairwise(saves))
@@ -500,8 +507,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, expected, tally):
 def test_a_state_that_is_truncated_or_flipped_is_never_taken(tmp_path, tally, tries):
     """At every 4 KiB, and in 500 random bits: it is refused, or what is read is what was written."""
     folder = tmp_path / "run"
-    assert run(folder, ("mlp", "published")) == 0
-    process = start(folder, ("mlp", "published"), *ALWAYS, "--seed", 3)
+    assert run(folder, MLP) == 0
+    process = start(folder, MLP, *ALWAYS, "--seed", 3)
     while not (folder / "unfinished_mlp_fmnist.pt").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
