@@ -9,7 +9,6 @@ with torchvision's transforms; the strengths are set for images of 28x28, so the
 """
 
 import torch
-from torchvision.transforms.v2 import functional as transforms
 
 import data
 
@@ -30,6 +29,8 @@ def corrupt(images, kind, strength):
 
     What is drawn for an image hangs on its place, the kind and the strength alone.
     """
+    from torchvision.transforms.v2 import functional as transforms  # which takes seconds to load
+
     amount = STRENGTHS[kind][0][strength - 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(*data.derive_seeds(SEED, KINDS.index(kind), strength))
