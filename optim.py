@@ -36,7 +36,7 @@ class FusedAdam(Optimizer):
     STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps for each parameter
 
     def __init__(self, parameters, lr):
-        super().__init__(parameters, {"lr": lr})
+        super().__init__(parameters, {"lr": lr, "fused": True})  # load_state_dict then takes `step` to the device
 
     @torch.no_grad()
     def step(self):
