@@ -60,9 +60,9 @@ class Results:
 
     def out_of_fold(self, n):
         """Out-of-fold probabilities float64 (n, 10) of the training images and then the test images, or None."""
-        probabilities = np.zeros((n, len(data.CLASSES)))
+        probabilities, every = np.zeros((n, len(data.CLASSES))), jobs()
         for fold, index in enumerate(fold_indices(n)):
-            result = self.read(f"fold-{fold}", jobs()[f"fold-{fold}"])
+            result = self.read(f"fold-{fold}", every[f"fold-{fold}"])
             if not result:
                 return None
             probabilities[index] = np.reshape(result["probabilities"], (len(index), -1)) / PROBABILITY
