@@ -236,11 +236,11 @@ def _check(path, content):
     return name, content["weights"]
 
 
-def _is_plain(value):
+def _is_plain(value, depth=3):
     """Whether a value, or all in a list or dict of them, can be told in a line."""
     if isinstance(value, list | dict):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return all(not isinstance(part, list | dict) and _is_plain(part) for part in parts)
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
     if isinstance(value, str):
         return value.isprintable()
     return value is None or (isinstance(value, bool | int | float) and abs(value) < 2**63) or value != value

@@ -95,16 +95,18 @@ class Training:
 
     Trains `model` on the split `train` and measures it after every epoch on the split `select`, where there is one.
     Among several processes (distributed.py) each takes its share of every batch, and the figures are those of all.
+    teacher, where the recipe distils: the logits of every view of the training images, of distill.answers.
     epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
     correct and seconds are this epoch's so far.
     """
 
-    def __init__(self, model, train, select, recipe, *, seed, precision=torch.float32):
+    def __init__(self, model, train, select, recipe, *, seed, precision=torch.float32, teacher=None):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
                 module.p = recipe.dropout
         self.model, self.train, self.select, self.recipe = model, train, select, recipe
-        self.seed, self.precision = seed, precision
+        self.seed, self.precision, self.teacher = seed, precision, teacher
+        self._numbered = train._replace(labels=torch.arange(len(train.labels), device=train.labels.device))
         self.optimizers = build_optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.steps = -(-len(train.labels) // recipe.batch_size)
@@ -160,8 +162,8 @@ class Training:
         recent = []  # of steps not yet counted: counting many at once keeps a step short
         seen = self.step * self.recipe.batch_size
         self.model.train()
-        for images, labels in batches(self.train, self.recipe.batch_size, self.seed, self.epoch, **order):
-            recent.append(self._step(images, labels, seeds[self.step + 1], own_seeds[self.step + 1]))
+        for images, index in batches(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
+            recent.append(self._step(images, index, seeds[self.step + 1], own_seeds[self.step + 1]))
             self.step += 1
             if self.step % CHECK_EVERY and self.step < self.steps:
                 continue
@@ -178,18 +180,21 @@ class Training:
                 return True
         return False
 
-    def _step(self, images, labels, seed, own_seed):
-        """Train on this process's share of a batch. Returns loss, the number of images it is a mean of, logits, labels.
+    def _step(self, images, index, seed, own_seed):
+        """Train on this process's share of a batch, the images of that index.
+
+        Returns loss, the number of images it is a mean of, logits, labels.
 
         With several processes the loss is such that its mean over them, whose gradient they all get, is the mean over
         the images of the whole batch, whoever has more of them.
         """
-        recipe, device, rank, world = self.recipe, labels.device, distributed.rank(), distributed.world()
+        recipe, device, rank, world = self.recipe, index.device, distributed.rank(), distributed.world()
         batch = min(recipe.batch_size, len(self.train.labels) - self.step * recipe.batch_size)
         reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
         reseed(seed)
         part = share(batch, rank, world)
-        images = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
+        labels = self.train.labels.index_select(0, index)
+        images, view = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
         images = normalise(images, self.precision)
         if rank:
             reseed(own_seed)  # other images, other dropout
@@ -198,11 +203,10 @@ class Training:
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
-        smoothing = {"label_smoothing": recipe.label_smoothing}
-        if world == 1:
-            loss = F.cross_entropy(logits.float(), labels, **smoothing)
-        else:
-            loss = F.cross_entropy(logits.float(), labels, **smoothing, reduction="sum") * (world / batch)
+        answers = None if self.teacher is None else self.teacher[view, index].float()
+        loss = loss_of(logits.float(), labels, answers, recipe, "mean" if world == 1 else "sum")
+        if world > 1:
+            loss = loss * (world / batch)
         self.model.zero_grad()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
         for optimizer in self.optimizers:
@@ -252,6 +256,20 @@ class Training:
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps
         if not (in_the_run and np.isfinite([self.loss, self.seconds]).all()):
             raise ValueError("its place lies outside of the run")
+
+
+def loss_of(logits, labels, teacher, recipe, reduction="mean"):
+    """The loss that a recipe minimises, in nats; logits and the teacher's (or None): float32 (b, 10), labels: int64.
+
+    Distillation as by Hinton et al. 2015, arXiv:1503.02531: both answers at a temperature, whose square keeps the
+    gradients' size; cross-entropy, whose gradient is that of their divergence.
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=reduction)
+    if teacher is None:
+        return loss
+    share, t = recipe.distillation, recipe.temperature
+    distance = F.cross_entropy(logits / t, (teacher / t).softmax(1), reduction=reduction) * t**2
+    return (1 - share) * loss + share * distance
 
 
 def _layout(tensor):

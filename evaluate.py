@@ -84,6 +84,8 @@ def caution(info, split):
     select = info["flags"].get("select")
     if split.name == "train" or (split.name == "val" and select in ("test", "last")):
         return "trained on these very images"
+    if any(teacher["select"] == split.name for teacher in info["flags"].get("teachers", [])):
+        return "a teacher's best epoch was chosen on these very images, which flatters it"
     if split.name == select:
         return "its best epoch was chosen on these very images, which flatters it"
     return None

@@ -21,6 +21,8 @@ class Recipe(NamedTuple):
     flip: bool = False  # mirror half of the images, others each epoch
     shift: int = 0  # move by up to so many pixels, up or down and left or right
     erase: int = 0  # blacken a square of so many pixels a side
+    distillation: float = 0.0  # share of the loss that is the distance from the teachers' answers
+    temperature: float = 1.0  # of both answers in that distance
     select: str = "val"  # what chooses the epoch that is kept: "val", "test", or "last" (train on all, keep the last)
     precision: str = "float32"  # or "auto": bfloat16 where the processor multiplies it natively
     fused: bool = False  # with the kernels of kernels.c, whose rounding differs from PyTorch's
@@ -52,6 +54,17 @@ RECIPES = {
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3, label_smoothing=0.1,
             flip=True, shift=1, select="last", precision="auto", fused=True,
+        ),
+    },
+    # The same networks taught by others: --teacher.
+    "distilled": {
+        "mlp": Recipe(
+            epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, warmup=0.3,
+            flip=True, shift=1, distillation=0.9, temperature=4.0, select="last", precision="auto", fused=True,
+        ),
+        "cnn": Recipe(
+            epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,
+            flip=True, shift=1, distillation=0.9, temperature=4.0, select="last", precision="auto", fused=True,
         ),
     },
 }  # fmt: skip

@@ -30,7 +30,7 @@ STATE = {  # what Record.save writes, the history being its JSON
         "model": str,
         "status": str,
         "seed": int,
-        "flags": {"recipe": str, **recipes.Recipe.__annotations__, "deterministic": bool},
+        "flags": {"recipe": str, **recipes.Recipe.__annotations__, "deterministic": bool, "teachers": [dict]},
         "data": str,
         "train_images": int,
         "select_images": int,

@@ -3,6 +3,7 @@
 python train.py --model cnn                 # 55,000 images, best epoch chosen on 5,000 validation images
 python train.py --model cnn --select test   # the published protocol: all 60,000, best epoch on the test set
 python train.py --model cnn --recipe best   # or fast: the same network, trained as recipes.py says
+python train.py --model cnn --recipe distilled --teacher T.pt   # with what another network has learned
 python train.py --model cnn --resume        # go on with a run that was cut off, to the same bits
 torchrun --nproc-per-node=2 --max-restarts=3 train.py --model cnn   # in two processes, resumed when one fails
 """
@@ -37,9 +38,16 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="mlp, cnn, or any other name in models.py")
     parser.add_argument(
         "--recipe",
-        choices=("published", "fast", "best"),
+        choices=("published", "fast", "best", "distilled"),
         help="how to train, a row of recipes.py: as published (default), in the least time to the published accuracy "
-        "(fast), or to the highest accuracy in ten minutes (best)",
+        "(fast), to the highest accuracy in ten minutes (best), or from the answers of a --teacher (distilled)",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="CHECKPOINT",
+        nargs="+",
+        type=Path,
+        help="whose answers to learn from, of several their mean; for --recipe distilled",
     )
     parser.add_argument(
         "--epochs", type=cli.whole_number(1, 10_000), help="passes over the images (default: the recipe's)"
@@ -127,6 +135,7 @@ def find_run(args, path, device, stack):
     The state is None for a new run. Returns None where --resume finds the run finished.
     Raises UserError where a run is unfinished that is not to be resumed, or not with these flags.
     """
+    import distill
     import distributed
     import engine
     import recipes
@@ -155,6 +164,7 @@ def find_run(args, path, device, stack):
         "precision": args.precision and cli.plain(engine.pick_precision(args.precision, device)),
         "deterministic": args.deterministic or None,
         "seed": args.seed,
+        "teachers": args.teacher and distill.describe(args.teacher),
     }
     asked = {key: value for key, value in asked.items() if value is not None}
     if saved or (resume and earlier and earlier["status"] == "finished"):
@@ -163,16 +173,25 @@ def find_run(args, path, device, stack):
         if not other:
             return (earlier["flags"], earlier["seed"], saved) if saved else None
         if saved:
-            flag = "--lr" if other[0] == "muon_lr" else "--" + other[0].replace("_", "-")
+            flag = {"muon_lr": "--lr", "teachers": "--teacher"}.get(other[0], "--" + other[0].replace("_", "-"))
+            before, now = (
+                [each["checkpoint"] for each in value] if other[0] == "teachers" else value
+                for value in (begun[other[0]], asked[other[0]])
+            )
             raise RunError(
-                f"--resume: {flag} was {begun[other[0]]} when this run began, and {asked[other[0]]} would make it "
-                "another run: leave the flag out"
+                f"--resume: {flag} was {before} when this run began, and {now} would make it another run: leave the "
+                "flag out"
             )
     if args.resume:
         print(f"train.py: no run is unfinished in {cli.shown(args.checkpoint_dir)}: one begins", file=sys.stderr)
     seed = asked.pop("seed", 0)
     precision = cli.plain(engine.pick_precision(recipe.precision, device))
-    return {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False} | asked, seed, None
+    flags = {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False, "teachers": []} | asked
+    if bool(flags["teachers"]) != bool(recipe.distillation):
+        raise distill.TeacherError("--recipe distilled and --teacher CHECKPOINT go together")
+    if flags["select"] == "val" and any(teacher["select"] != "val" for teacher in flags["teachers"]):
+        raise distill.TeacherError("--select val: a teacher was trained on the validation images, and tells of them")
+    return flags, seed, None
 
 
 def train(args, path, device, flags, seed, saved):
@@ -181,6 +200,7 @@ def train(args, path, device, flags, seed, saved):
     from tqdm import tqdm
 
     import data
+    import distill
     import distributed
     import engine
     import kernels
@@ -204,7 +224,8 @@ def train(args, path, device, flags, seed, saved):
     torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(args.model).to(device)
     precision = engine.pick_precision(flags["precision"], device)
-    training = engine.Training(model, train, select, recipe, seed=seed, precision=precision)
+    teacher = distill.answers(flags["teachers"], train, recipe, precision) if flags["teachers"] else None
+    training = engine.Training(model, train, select, recipe, seed=seed, precision=precision, teacher=teacher)
     is_first, processes = distributed.rank() == 0, distributed.world()
     chosen = SELECTION[recipe.select].format(epochs=recipe.epochs, n=len(splits[1].labels))
     print(

@@ -1,0 +1,95 @@
+"""Knowledge distillation: what teachers answer to every view of the training images, computed once and kept.
+
+teachers = distill.describe(["checkpoints/best_resnet_fmnist.pt"])
+logits = distill.answers(teachers, train, recipe)      # float16 (views, n, 10), for engine.Training
+
+A view is a training image as augment() may mirror and shift it, so that teacher and student look at the same picture.
+"""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+import distributed
+import engine
+
+CACHE = cli.HERE / ".cache" / "teachers"
+FORMAT = 1  # of the cached files
+
+
+class TeacherError(data.UserError):
+    """A teacher that cannot teach this run."""
+
+
+def describe(paths):
+    """What a run records of its teachers: dicts of checkpoint, sha256, model, and what selected its epoch."""
+    described = []
+    for path in paths:
+        _, info = checkpoint.load(path)
+        flags = info.get("flags", {})
+        described.append(
+            {
+                "checkpoint": cli.shown(path),
+                "sha256": checkpoint.file_sha256(path),
+                "model": info["model"],
+                "select": flags.get("select"),
+            }
+        )
+    return described
+
+
+def answers(teachers, split, recipe, precision=torch.float32):
+    """The logarithms of the teachers' mean probabilities, float16 (views, n, 10) on the split's device.
+
+    teachers: of describe. Read from the cache where they are there; else computed, with a bar.
+    Raises TeacherError where a checkpoint has changed since it was described.
+    """
+    networks = []
+    for teacher in teachers:
+        if checkpoint.file_sha256(teacher["checkpoint"]) != teacher["sha256"]:
+            raise TeacherError(f"{teacher['checkpoint']} is no longer the teacher this run began with")
+        networks.append(checkpoint.load(teacher["checkpoint"])[0].to(split.labels.device))
+    key = [FORMAT, [teacher["sha256"] for teacher in teachers], data.fingerprint(split), recipe.flip, recipe.shift]
+    path = CACHE / f"{hashlib.sha256(json.dumps([*key, cli.plain(precision)]).encode()).hexdigest()[:16]}.npy"
+    logits = distributed.from_first(lambda: _read(path))
+    if logits is None:
+        logits = _compute(networks, split, recipe, precision)
+        if distributed.rank() == 0:
+            _write(path, logits)
+    return torch.from_numpy(logits).to(split.labels.device)
+
+
+def _compute(networks, split, recipe, precision):
+    numbers = range(data.views(recipe.flip, recipe.shift))
+    logits = np.empty((len(numbers), len(split.labels), len(data.CLASSES)), np.float16)
+    with tqdm(total=len(numbers) * len(networks), desc="teachers", unit=" views", disable=None) as bar:
+        for number in numbers:
+            seen = split._replace(images=data.view(split.images, number, recipe.shift))
+            probabilities = 0
+            for network in networks:
+                with torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32):
+                    probabilities = probabilities + engine.predict_logits(network, seen).double().softmax(1)
+                bar.update()
+            logits[number] = (probabilities / len(networks)).log().clamp(min=-100).numpy()
+    return logits
+
+
+def _read(path):
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write(path, logits):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, logits)
+    checkpoint.write_atomically(path, buffer.getvalue())

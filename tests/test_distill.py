@@ -1,0 +1,124 @@
+"""A student learns what its teachers answer, on the pictures it is shown, and a run knows its teachers again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SAMPLE, assert_one_line_error, run_script
+from torch.nn import functional as F
+
+import checkpoint
+import cli
+import data
+import distill
+import engine
+import models
+import recipes
+
+RECIPE = recipes.Recipe(epochs=1, flip=True, shift=1, distillation=0.9, temperature=4.0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def train(folder, *flags, model="mlp"):
+    return run_script("train.py", "--model", model, "--data-dir", SAMPLE, "--checkpoint-dir", folder, *flags)
+
+
+@pytest.fixture
+def teachers(trained):
+    return [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
+
+
+def test_answers_are_mean_probabilities_of_every_view_and_are_kept(sample, teachers, cache, monkeypatch):
+    split = sample["train"]
+    answers = distill.answers(distill.describe(teachers), split, RECIPE)
+    assert answers.shape == (18, 920, 10)
+    networks = [checkpoint.load(path)[0].eval() for path in teachers]
+    for number in (0, 7, 17):
+        images = data.normalise(data.view(split.images, number, 1))
+        with torch.no_grad():
+            expected = sum(network(images).softmax(1) for network in networks) / 2
+        torch.testing.assert_close(answers[number].float().exp(), expected, atol=2e-3, rtol=2e-3)
+    monkeypatch.setattr(engine, "predict_logits", None)
+    assert torch.equal(distill.answers(distill.describe(teachers), split, RECIPE), answers)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TypeError):  # a damaged file is not taken: the networks are asked again
+        distill.answers(distill.describe(teachers), split, RECIPE)
+
+
+def test_the_loss_is_hintons():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 10, generator=generator, requires_grad=True)
+    teacher, labels = torch.randn(64, 10, generator=generator), torch.arange(64) % 10
+    engine.loss_of(logits, labels, teacher, RECIPE).backward()
+    again = logits.detach().requires_grad_()
+    divergence = F.kl_div((again / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
+    (0.1 * F.cross_entropy(again, labels) + 0.9 * 16 * divergence).backward()
+    torch.testing.assert_close(logits.grad, again.grad)
+
+
+def test_a_student_answers_as_its_teacher_does(sample, teachers, cache):
+    recipe = RECIPE._replace(epochs=30, batch_size=64, distillation=1.0, temperature=2.0)
+    answers = distill.answers(distill.describe(teachers[:1]), sample["train"], recipe)
+    torch.manual_seed(0)
+    student, wrong = models.build("mlp"), sample["train"]._replace(labels=sample["train"].labels * 0)
+    for _ in engine.Training(student, wrong, None, recipe, seed=0, teacher=answers).run():
+        pass
+    taught = engine.predict_logits(student, sample["test"]).argmax(1)
+    teacher = engine.predict_logits(checkpoint.load(teachers[0])[0], sample["test"]).argmax(1)
+    assert (taught == teacher).double().mean() > 0.75  # it has seen no right label
+
+
+def test_a_distilled_run_says_who_taught_it_and_goes_on_without_being_told(teachers, tmp_path):
+    flags = ["--recipe", "distilled", "--epochs", 3]
+    taught = train(tmp_path / "whole", *flags, "--teacher", *teachers)
+    assert taught.returncode == 0, taught.stderr
+    history = json.loads((tmp_path / "whole" / "best_mlp_fmnist.json").read_text())
+    assert [teacher["model"] for teacher in history["flags"]["teachers"]] == ["cnn", "mlp"]
+    assert history["flags"]["teachers"][0]["sha256"] == checkpoint.file_sha256(teachers[0])
+
+    own = tmp_path / "teacher.pt"
+    shutil.copy(teachers[0], own)
+    stopped = run_script(
+        "train.py", "--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path / "cut", *flags, "--teacher",
+        own, before=stop_at_the_first_look,
+    )  # fmt: skip
+    assert stopped.returncode == 143
+    assert_one_line_error(train(tmp_path / "cut", "--resume", "--teacher", teachers[1]), "--teacher was .*leave the")
+    content = own.read_bytes()
+    shutil.copy(teachers[1], own)
+    assert_one_line_error(train(tmp_path / "cut", "--resume"), "no longer the teacher this run began with")
+    own.write_bytes(content)
+    assert train(tmp_path / "cut", "--resume").returncode == 0
+
+
+def stop_at_the_first_look():
+    count = engine.Training._count
+    engine.Training._count = lambda *arguments: count(*arguments) or True
+
+
+def test_a_teacher_and_the_recipe_that_needs_one_go_together(teachers, tmp_path):
+    assert_one_line_error(train(tmp_path, "--recipe", "distilled"), "--teacher CHECKPOINT go together")
+    assert_one_line_error(train(tmp_path, "--teacher", teachers[0]), "--teacher CHECKPOINT go together")
+    assert_one_line_error(train(tmp_path, "--recipe", "distilled", "--teacher", tmp_path / "none.pt"), "none.pt")
+
+
+def test_what_a_teacher_was_chosen_on_is_remembered(teachers, tmp_path):
+    flags = ["--epochs", 1, "--recipe", "distilled", "--teacher"]
+    assert train(tmp_path / "a", "--select", "test", "--epochs", 1).returncode == 0
+    optimistic = tmp_path / "a" / "best_mlp_fmnist.pt"
+    assert_one_line_error(train(tmp_path / "b", *flags, optimistic, "--select", "val"), "--select val: a teacher was")
+    assert train(tmp_path / "b", *flags, optimistic).returncode == 0
+    said = run_script("evaluate.py", tmp_path / "b" / "best_mlp_fmnist.pt", "--data-dir", SAMPLE).stdout
+    assert "caution: a teacher's best epoch was chosen on these very images" in said
+    assert train(tmp_path / "c", *flags, teachers[0], "--select", "val").returncode == 0
+
+
+def test_the_cache_lies_inside_the_clone():
+    assert distill.CACHE.is_relative_to(cli.HERE / ".cache")
