@@ -13,11 +13,13 @@ import torch
 from torch.nn import functional as F
 
 import distributed
-from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share
+from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share, view
 from optim import NATIVE_BFLOAT16, build_optimizers, rate, set_rates
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 EVALUATION_BATCH = 256  # as published
+TTA_SHIFT, TTA_VIEWS = 1, (4, 0, 8, 13, 9, 17)  # of test-time augmentation, numbered as by data.view: the image itself
+# and moved to two opposite corners by a pixel, and all three mirrored, as in cifar10-airbench
 MALLOPT = {  # of <malloc.h>: option, value in bytes
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),
@@ -292,6 +294,28 @@ def predict_logits(model, split, batch_size=EVALUATION_BATCH):
             start = number * batch_size
             logits[start : start + batch_size] = model(normalise(images))
     return distributed.sum_tensor(logits).cpu()
+
+
+def average(answers):
+    """Logarithm of the mean probabilities, float64 (n, 10): logits, as good as any, of several answers taken together.
+
+    answers: logits float (n, 10) of views of the same images, or of models, any iterable.
+    """
+    probabilities = [logits.double().softmax(1) for logits in answers]
+    return torch.stack(probabilities).mean(0).clamp(min=torch.finfo(torch.double).tiny).log()
+
+
+def predict_views(model, split, progress=None):
+    """The average of what predict_logits says of TTA_VIEWS of every image, float64 (n, 10).
+
+    progress() is called after each view.
+    """
+    answers = []
+    for number in TTA_VIEWS:
+        answers.append(predict_logits(model, split._replace(images=view(split.images, number, TTA_SHIFT))))
+        if progress:
+            progress()
+    return average(answers)
 
 
 def loss_and_accuracy(logits, labels):

@@ -51,3 +51,12 @@ def build(name):
 
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flop(model):
+    """Floating-point operations to classify one image: those of its matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 1, 28, 28))
+    return counter.get_total_flops()

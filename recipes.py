@@ -70,6 +70,11 @@ RECIPES = {
 }  # fmt: skip
 
 
+def default(model):
+    """The name of the recipe a model is trained by where none is asked for: its first, or else the published one."""
+    return next((name for name, rows in RECIPES.items() if model in rows), "published")
+
+
 def find(name, model):
     """The recipe of that name for the model; a model without one of its own is trained as the CNN."""
     return RECIPES[name].get(model, RECIPES[name]["cnn"])

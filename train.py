@@ -153,7 +153,7 @@ def find_run(args, path, device, stack):
             "on with it; to give it up, delete that file"
         )
 
-    name = earlier["flags"]["recipe"] if saved else args.recipe or "published"
+    name = earlier["flags"]["recipe"] if saved else args.recipe or recipes.default(args.model)
     recipe = recipes.find(name, args.model)
     asked = {
         "recipe": args.recipe,

@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support
+from torch.nn import functional as F
 
 import checkpoint
+import data
 import engine
 from data import CLASSES
 
@@ -64,6 +67,39 @@ def test_several_checkpoints_are_compared(trained, sample, tmp_path):
     )
     (mean,) = content["means"]
     assert (mean["model"], mean["n"], mean["sd"]) == ("cnn", 2, 0)
+
+
+def test_an_ensemble_answers_with_the_mean_probabilities(trained, sample, tmp_path):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn")]
+    finished = evaluate(*paths, "--ensemble", "--json", tmp_path / "e.json")
+    assert finished.returncode == 0, finished.stderr
+    content = json.loads((tmp_path / "e.json").read_text())
+    *_, together = content["checkpoints"]
+    probabilities = sum(
+        engine.predict_logits(checkpoint.load(path)[0], sample["test"]).double().softmax(1) for path in paths
+    ).numpy()  # fmt: skip
+    labels = sample["test"].labels.numpy()
+    assert together["accuracy"] == accuracy_score(labels, probabilities.argmax(1))
+    assert together["log_loss"] == pytest.approx(log_loss(labels, probabilities / 2))
+    assert (together["model"], len(together["ensemble"]), len(content["mcnemar"])) == ("cnn+mlp", 2, 3)
+    assert " 3  all 2 together" in finished.stdout
+    assert content["means"] == []
+    assert_one_line_error(evaluate(paths[0], "--ensemble"), "--ensemble needs two checkpoints")
+
+
+def test_test_time_augmentation_is_told_apart_from_the_plain_answer(trained, sample, tmp_path):
+    path = trained[0] / "best_cnn_fmnist.pt"
+    finished = evaluate(path, "--tta", "--json", tmp_path / "t.json")
+    assert finished.returncode == 0, finished.stderr
+    plain, augmented = json.loads((tmp_path / "t.json").read_text())["checkpoints"]
+    images, model = sample["test"].images, checkpoint.load(path)[0]
+    padded = [F.pad(each, (1, 1, 1, 1)) for each in (images, images.flip(2))]
+    views = [each[:, start : start + 28, start : start + 28] for each in padded for start in (0, 1, 2)]
+    with torch.no_grad():
+        mean = sum(model(data.normalise(view.contiguous())).softmax(1) for view in views) / 6
+    assert augmented["accuracy"] == pytest.approx((mean.argmax(1) == sample["test"].labels).double().mean().item())
+    assert (plain["views"], augmented["views"]) == (1, 6)
+    assert re.search(r"^ 2  \S+best_cnn_fmnist.pt, 6 views ", finished.stdout, re.MULTILINE)
 
 
 def test_the_default_is_the_shipped_cnn():

@@ -44,7 +44,7 @@ def test_what_a_run_says_and_leaves(trained, sample, model):
     network, info = checkpoint.load(folder / history["checkpoint"])
     assert info["epoch"] == history["best_epoch"]
     recipe = recipes.find("published", model)._replace(epochs=3, batch_size=32)
-    assert info["flags"] == {"recipe": "published", **recipe._asdict(), "deterministic": False}
+    assert info["flags"] == {"recipe": "published", **recipe._asdict(), "deterministic": False, "teachers": []}
     logits = engine.predict_logits(network, sample["val"])
     assert engine.loss_and_accuracy(logits, sample["val"].labels)[1] == best["select_accuracy"]
     logits = engine.predict_logits(network, sample["test"])
@@ -115,7 +115,7 @@ def test_flags_change_what_a_recipe_says(tmp_path):
     assert train(tmp_path, *flags).returncode == 0
     expected = recipes.find("fast", "mlp")._replace(epochs=1, muon_lr=0.03, select="val", precision="float32")
     history = history_of(tmp_path / "best_mlp_fmnist.pt")
-    assert history["flags"] == {"recipe": "fast", **expected._asdict(), "deterministic": False}
+    assert history["flags"] == {"recipe": "fast", **expected._asdict(), "deterministic": False, "teachers": []}
     assert history["epochs"][0]["select_accuracy"] > 0.1
 
 
