@@ -128,42 +128,50 @@ def training_curves(history):
 
 
 def frontier(rows, literature):
-    """Test accuracy against seconds of training, parameters and operations; rows and literature: of frontier.py."""
-    figure, panels = plt.subplots(1, 3, figsize=(16, 7), sharey=True, layout="constrained")
-    colours = dict(
-        zip(dict.fromkeys(row["model"] for row in rows), (BLUE, ORANGE, GREEN, *["black"] * 9), strict=False)
-    )
-    fair = [row for row in rows if row["select"] != "test"]
+    """Test accuracy against seconds of training, parameters and operations; rows and literature: of frontier.py.
+
+    A line joins those that nothing cheaper equals; only they are named.
+    """
+    rows = [row for row in rows if row["select"] != "test"]  # whose accuracies flatter
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    colours = dict(zip(models, (BLUE, ORANGE, GREEN, *["black"] * len(models)), strict=False))
+    figure, panels = plt.subplots(1, 3, figsize=(16, 6.5), sharey=True, layout="constrained")
     for axes, key, label in (
-        (panels[0], "seconds", "seconds of training on two cores"),
-        (panels[1], "parameters", "parameters"),
+        (panels[0], "seconds", "seconds of training on two cores (hollow: float32, filled: bfloat16)"),
+        (panels[1], "parameters", "parameters (crosses: published elsewhere, see README)"),
         (panels[2], "mflop", "MFLOP to classify an image"),
     ):
-        for row in fair:
+        best = []
+        for row in sorted(rows, key=lambda row: (row[key], -row["accuracy"])):
+            hollow = key == "seconds" and row["precision"] == "float32"
             low, high = row.get("ci95", [row["accuracy"]] * 2)
-            spread = [[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]]
-            x, y = row[key], 100 * row["accuracy"]
-            filled = row["precision"] == "bfloat16" or key != "seconds"
             axes.errorbar(
-                x, y, spread, fmt="o", color=colours[row["model"]], capsize=2, mfc=None if filled else "white"
+                row[key],
+                100 * row["accuracy"],
+                [[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]],
+                fmt="o",
+                color=colours[row["model"]],
+                mfc="white" if hollow else None,
+                capsize=2,
             )
-            axes.annotate(f"{row['model']}, {row['recipe']}", (x, y), (7, -3), textcoords="offset points", size=9)
-        if key == "seconds":  # no slower one is as good
-            best, steps = 0, []
-            for row in sorted(fair, key=lambda row: row[key]):
-                if row["accuracy"] > best:
-                    best = row["accuracy"]
-                    steps.append((row[key], 100 * best))
-            axes.step(*zip(*steps, strict=True), where="post", color=GREY, linewidth=1, zorder=0)
+            if not best or row["accuracy"] > best[-1]["accuracy"]:
+                best.append(row)
+        axes.plot([row[key] for row in best], [100 * row["accuracy"] for row in best], color=GREY, lw=1, zorder=0)
+        for row in best:
+            _name(axes, f"{row['model']}, {row['recipe']}", (row[key], 100 * row["accuracy"]), "black")
         for system in literature if key == "parameters" else []:
             place = (system["parameters"], 100 * system["accuracy"])
             axes.plot(*place, marker="x", color=GREY)
-            axes.annotate(system["name"], place, (7, -3), textcoords="offset points", size=8, color="#666666")
+            _name(axes, system["name"], place, "#666666")
         axes.set(xscale="log", xlabel=label)
-        axes.margins(x=0.25)
+        axes.margins(x=0.2)
         axes.grid(color="#e4e4e4", linewidth=0.6)
     panels[0].set_ylabel("test accuracy, %: mean of seeds and its 95% interval")
     return _png(figure)
+
+
+def _name(axes, text, place, colour):
+    axes.annotate(text, place, (-5, 5), textcoords="offset points", ha="right", size=8, color=colour)
 
 
 def bench(results):

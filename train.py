@@ -3,6 +3,7 @@
 python train.py --model cnn                 # 55,000 images, best epoch chosen on 5,000 validation images
 python train.py --model cnn --select test   # the published protocol: all 60,000, best epoch on the test set
 python train.py --model cnn --recipe best   # or fast: the same network, trained as recipes.py says
+python train.py --model resnet              # a deeper network, in an hour and a half
 python train.py --model cnn --recipe distilled --teacher T.pt   # with what another network has learned
 python train.py --model cnn --resume        # go on with a run that was cut off, to the same bits
 torchrun --nproc-per-node=2 --max-restarts=3 train.py --model cnn   # in two processes, resumed when one fails
@@ -35,12 +36,13 @@ MEASURED = {
 
 def parse_args(argv=None):
     parser = cli.Parser("Train a classifier on Fashion-MNIST.")
-    parser.add_argument("--model", required=True, help="mlp, cnn, or any other name in models.py")
+    parser.add_argument("--model", required=True, help="mlp, cnn, resnet, or any other name in models.py")
     parser.add_argument(
         "--recipe",
         choices=("published", "fast", "best", "distilled"),
-        help="how to train, a row of recipes.py: as published (default), in the least time to the published accuracy "
-        "(fast), to the highest accuracy in ten minutes (best), or from the answers of a --teacher (distilled)",
+        help="how to train, a row of recipes.py: as published (default of mlp and cnn), in the least time to the "
+        "published accuracy (fast), to the highest accuracy (best, default of resnet: minutes, or an hour and a half "
+        "of resnet), or from the answers of a --teacher (distilled)",
     )
     parser.add_argument(
         "--teacher",
@@ -55,7 +57,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--lr",
         type=cli.positive_number,
-        help="learning rate of Adam, or of Muon with fast and best (default: the recipe's)",
+        help="learning rate of Adam, or of Muon where the recipe uses it (default: the recipe's)",
     )
     parser.add_argument(
         "--batch-size",
@@ -68,7 +70,7 @@ def parse_args(argv=None):
         choices=SELECTION,
         help="what chooses the epoch that is kept: 5,000 training images held out (val, the default of published), the "
         "test set itself, as published (test), or nothing: all 60,000 are trained on and the last epoch is kept (last, "
-        "the default of fast and best)",
+        "the default of the other recipes)",
     )
     parser.add_argument(
         "--precision",

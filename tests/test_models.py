@@ -1,4 +1,4 @@
-"""models.py: exactly the published layers."""
+"""models.py: exactly the published layers, and what the residual network adds."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ import data
 import models
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("mlp", 101_770), ("cnn", 421_642)])
-def test_parameters_are_as_published(name, parameters):
+@pytest.mark.parametrize(("name", "parameters"), [("mlp", 101_770), ("cnn", 421_642), ("resnet", 1_096_362)])
+def test_parameters_are_as_told(name, parameters):
     model = models.build(name)
     assert models.count_parameters(model) == parameters
     assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
@@ -31,7 +31,7 @@ def published(name, model):
     return network
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_outputs_and_gradients_are_those_of_the_published_order_to_the_bit(name, sample):
     model = models.build(name)
     network = published(name, model)
@@ -50,3 +50,25 @@ def test_dropout_is_off_in_evaluation(sample):
     model = models.build("cnn").eval()
     images, _ = next(data.batches(sample["test"], 8))
     assert torch.equal(model(data.normalise(images)), model(data.normalise(images)))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_flop_are_counted(name):
+    macs = {  # kernel, inputs, outputs, pixels of each layer
+        "mlp": [(1, 784, 128, 1), (1, 128, 10, 1)],
+        "cnn": [(9, 1, 32, 784), (9, 32, 64, 196), (1, 3136, 128, 1), (1, 128, 10, 1)],
+        "resnet": [
+            *[(9, 1, 32, 784), (9, 32, 48, 196), (9, 48, 48, 196), (9, 48, 48, 196)],
+            *[(9, 48, 96, 196), (9, 96, 96, 49), (9, 96, 96, 49)],
+            *[(9, 96, 192, 49), (9, 192, 192, 9), (9, 192, 192, 9), (1, 192, 10, 1)],
+        ],
+    }
+    assert models.count_flop(models.build(name)) == sum(2 * a * b * c * d for a, b, c, d in macs[name])
+
+
+def test_an_image_is_classified_alike_alone_and_among_others(sample):
+    """In evaluation batch normalisation goes by what training has seen, not by the batch."""
+    model = models.build("resnet").eval()
+    images = data.normalise(sample["test"].images[:8])
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[:1], model(images[:1]), atol=1e-4, rtol=1e-4)

@@ -45,7 +45,8 @@ class Own(nn.Module):
 
 
 def shorten():
-    """Trainings of a moment, of one recipe."""
+    """Trainings of a moment, of one recipe and the small models."""
+    del models.MODELS["resnet"]
     for name in list(recipes.RECIPES)[1:]:
         del recipes.RECIPES[name]
     deep.FOLD_RECIPE, deep.FOLD_EPOCHS = "published", 2
