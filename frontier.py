@@ -59,25 +59,25 @@ def collect(folder):
 
     Runs belong together that differ in their seed alone.
     """
+    import data
     import models
     import recipes
 
     groups = {}
     for path in sorted(folder.glob("*/best_*_fmnist.json")):
-        run = json.loads(path.read_text())
-        if run["status"] != "finished" or run["model"] not in models.MODELS:
+        try:
+            run = json.loads(path.read_text())
+            flags = {"recipe": "published"} | run["flags"]
+            wanted = run["status"] == "finished" and run["model"] in models.MODELS
+        except (ValueError, KeyError, TypeError):
+            raise data.UserError(f"{cli.shown(path)} is no history of a run of train.py") from None
+        if not wanted or flags["recipe"] not in recipes.RECIPES:
             continue
-        flags = {"recipe": "published"} | run["flags"]
         teachers = [teacher["model"] for teacher in flags.get("teachers", [])]
         key = (run["model"], flags["recipe"], flags["select"], flags["epochs"], tuple(teachers))
         groups.setdefault(key, []).append(run)
-    order = [list(models.MODELS), list(recipes.RECIPES), list(CHOSEN)]
-    return [
-        describe(key, runs)
-        for key, runs in sorted(
-            groups.items(), key=lambda item: [o.index(k) for o, k in zip(order, item[0], strict=False)]
-        )
-    ]
+    places = {name: place for names in (models.MODELS, recipes.RECIPES, CHOSEN) for place, name in enumerate(names)}
+    return [describe(key, groups[key]) for key in sorted(groups, key=lambda key: [places[name] for name in key[:3]])]
 
 
 def describe(key, runs):
@@ -101,7 +101,7 @@ def describe(key, runs):
         "precision": runs[0]["flags"].get("precision", "float32"),
         "parameters": models.count_parameters(network),
         "mflop": models.count_flop(network) / 1e6,
-        "command": command(model, recipe, select, teachers),
+        "command": command(*key),
     }
     if len(runs) > 1:
         half = float(t.ppf(0.975, len(runs) - 1)) * stdev(accuracies) / len(runs) ** 0.5
@@ -109,13 +109,15 @@ def describe(key, runs):
     return row
 
 
-def command(model, recipe, select, teachers):
+def command(model, recipe, select, epochs, teachers):
     """The flags of train.py that repeat it, but for the seed."""
     import recipes
 
+    usual = recipes.find(recipe, model)
     words = ["--model", model]
     words += ["--recipe", recipe] if recipe != recipes.default(model) else []
-    words += ["--select", select] if select != recipes.find(recipe, model).select else []
+    words += ["--select", select] if select != usual.select else []
+    words += ["--epochs", str(epochs)] if epochs != usual.epochs else []
     return " ".join([*words, *(["--teacher", "..."] if teachers else [])])
 
 
