@@ -26,7 +26,7 @@ def test_operations_of_a_training_step_are_those_by_hand():
 @pytest.mark.parametrize(
     "program",
     [
-        {"program": "ours", "recipe": "published"},
+        {"program": "ours", "recipe": "published", "images": 2_500},
         {"program": "ours", "recipe": "fast", "images": 2_500},
         {"program": "tutorial"},
         {"program": "tutorial", "workers": 2},

@@ -1,5 +1,6 @@
 """engine.py: the loops learn and repeat to the bit; the metrics are those of the textbooks and of scikit-learn."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def train(sample, name="cnn", seed=0, epochs=3, **changes):
     return model, list(engine.Training(model, sample["train"], sample["val"], recipe, seed=seed).run())
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["published", "everything"])
 def test_training_learns(sample, name, changes):
     _, rows = train(sample, name, epochs=5, **changes)
@@ -41,6 +42,25 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(sample, chang
     for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_a_residual_network_learns_and_goes_on_to_the_same_bits(sample, fused):
+    recipe = recipes.find("best", "resnet")._replace(epochs=1, batch_size=16)
+
+    def begin(seed):
+        torch.manual_seed(seed)
+        return engine.Training(models.build("resnet"), sample["train"], None, recipe, seed=0)
+
+    whole, stopped, resumed = begin(0), begin(0), begin(1)  # of other initial weights, which are to be of no matter
+    list(whole.run())
+    list(stopped.run(stop=lambda: True))
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    assert 0 < resumed.step < resumed.steps
+    list(resumed.run())
+    ends = [training.model.state_dict() for training in (whole, resumed)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    logits = engine.predict_logits(resumed.model, sample["val"])
+    assert engine.loss_and_accuracy(logits, sample["val"].labels)[1] > 0.5
 
 
 def test_the_reported_training_figures_are_those_of_the_steps(sample):
