@@ -273,7 +273,8 @@ def load_unfinished(path):
         saved = saved | {"history": json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)}
         best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
         whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
-        if saved["format"] == FORMAT and whole and _fits(saved, STATE):
+        known = saved["history"]["flags"]["recipe"] in recipes.RECIPES
+        if saved["format"] == FORMAT and whole and known and _fits(saved, STATE):
             return saved
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         pass
