@@ -17,7 +17,7 @@ import data
 import recipes
 
 PROCESSES = 2
-FLAGS = ["--model", "cnn", "--epochs", 12, "--batch-size", 33]
+FLAGS = ["--model", "cnn", "--epochs", 8, "--batch-size", 33]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 WITHOUT_DROPOUT = """
 import sys
