@@ -47,6 +47,7 @@ STATE = {  # what Record.save writes, the history being its JSON
         "epochs": [dict],
         "training_seconds": float,
         "test": None | dict,
+        "temperature": None | float,
     },
     "best": torch.Tensor | None,
     "kept": str | None,
@@ -95,6 +96,7 @@ class Record:
             "epochs": [],
             "training_seconds": 0.0,
             "test": None,
+            "temperature": None,  # that calibrates the probabilities, of the images that chose the epoch
         }
 
     @property

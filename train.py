@@ -201,6 +201,7 @@ def train(args, path, device, flags, seed, saved):
     import torch
     from tqdm import tqdm
 
+    import analysis
     import data
     import distill
     import distributed
@@ -303,6 +304,9 @@ def train(args, path, device, flags, seed, saved):
                 record.history["test"] = {
                     "n": len(logits), "accuracy": accuracy, "accuracy_ci95": interval, "loss": loss
                 }  # fmt: skip
+                if recipe.select == "val":  # the others leave no image to measure it on
+                    held_out = engine.predict_logits(model, select)
+                    record.history["temperature"] = analysis.temperature(held_out, select.labels.cpu())
                 status = "finished"
             else:
                 save()
