@@ -104,6 +104,25 @@ def mistakes(images, records, title):
     return _png(figure)
 
 
+def seen(rows):
+    """What the network saw of pictures, and what it said. rows: of predict.py, up to 100."""
+    columns = min(len(rows), 5)
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(2.1 * columns, 2.6 * lines), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (name, pixels, classes) in zip(grid.flat, rows, strict=False):
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{classes[0][0]} {_percent(classes[0][1])}", size=10, color=ORANGE)
+        short = name if len(name) <= 26 else f"…{name[-25:]}"
+        axes.text(
+            0.5, -0.03, short.replace("$", r"\$"), ha="center", va="top", size=8, color=GREY, transform=axes.transAxes
+        )
+    return _png(figure)
+
+
 def training_curves(history):
     """Loss and accuracy of every epoch of a run's history, training against selection."""
     rows, select = history["epochs"], history["flags"]["select"]

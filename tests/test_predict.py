@@ -1,0 +1,101 @@
+"""predict.py as a user runs it."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+from PIL import Image
+
+import checkpoint
+import engine
+from data import CLASSES
+
+
+@pytest.fixture
+def folder(sample, tmp_path):
+    """Twenty test images as PNG files in a folder and one below it, with a hidden file and one that is no picture."""
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for number, image in enumerate(sample["test"].images[:20].numpy()):
+        name = f"more/{number:02}.png" if number > 14 else f"{number:02}.png"
+        Image.fromarray(image).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("not a picture")
+    (tmp_path / "in" / ".hidden").write_text("not looked at")
+    return tmp_path / "in"
+
+
+def predict(*arguments, **options):
+    return run_script("predict.py", *arguments, **options)
+
+
+def test_a_folder_is_classified_and_what_is_no_picture_is_told_and_passed_over(folder, sample):
+    finished = predict(folder, "--json", "--top", 10)
+    assert finished.returncode == 1
+    errors = [line for line in finished.stderr.splitlines() if "notes.txt" in line]
+    assert errors == [f"predict.py: {folder / 'notes.txt'}: not a picture that Pillow can open"]
+    rows = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert [row["picture"] for row in rows] == sorted(str(path) for path in folder.rglob("*.png"))
+    model, _ = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
+    expected = engine.predict_logits(model, sample["test"])[:20].argmax(1)
+    for row, answer in zip(rows, expected, strict=True):
+        assert next(iter(row["probabilities"])) == CLASSES[answer]
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["answer"] in (CLASSES[answer], "not sure")
+        assert (row["answer"] == "not sure") == (max(row["probabilities"].values()) < 0.7)
+
+
+def test_table_and_csv_say_the_same(folder):
+    picture = folder / "03.png"
+    table = predict(picture)
+    assert table.returncode == 0
+    head, line = table.stdout.splitlines()
+    assert head.split() == ["picture", "answer", "probabilities"]
+    (row,) = csv.DictReader(io.StringIO(predict(picture, "--csv", "--top", 2).stdout))
+    assert row["picture"] == str(picture)
+    assert line.startswith(str(picture)[:50])
+    assert f"{row['class 1']} {float(row['probability 1']):.1%}, {row['class 2']}" in line
+
+
+def test_a_picture_on_standard_input(folder):
+    content = (folder / "00.png").read_bytes()
+    command = [sys.executable, "predict.py", "-", "--json"]
+    finished = subprocess.run(command, cwd=ROOT, input=content, capture_output=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    row = json.loads(finished.stdout)
+    del row["picture"]
+    other = json.loads(predict(folder / "00.png", "--json").stdout)
+    assert row.items() <= other.items()
+
+
+def test_what_the_network_saw_is_drawn(folder, tmp_path):
+    finished = predict(*sorted(folder.glob("0*.png")), "--show", tmp_path / "seen.png")
+    assert finished.returncode == 0, finished.stderr
+    assert np.asarray(Image.open(tmp_path / "seen.png")).std() > 10
+
+
+def test_probabilities_are_calibrated_or_said_not_to_be(folder, trained, tmp_path):
+    own = trained[0] / "best_cnn_fmnist.pt"
+    history = json.loads(own.with_suffix(".json").read_text())
+    assert history["temperature"] > 0
+    finished = predict(folder / "00.png", "--checkpoint", own, "--json")
+    assert "calibrated" not in finished.stderr
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(own.read_bytes())
+    uncalibrated = predict(folder / "00.png", "--checkpoint", bare, "--json")
+    assert "not calibrated" in uncalibrated.stderr
+    assert uncalibrated.stdout != finished.stdout
+
+
+def test_bad_arguments_get_one_clear_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(predict(tmp_path / "empty"), "no picture")
+    assert_one_line_error(predict(folder, "--show", tmp_path / "seen.jpg"), "not a .png file")
+    assert_one_line_error(predict(folder, "--top", 11), "--top")
+    assert_one_line_error(predict(folder, "--checkpoint", tmp_path / "none.pt"), "no such file")
+    missing = predict(tmp_path / "none.png")
+    assert missing.returncode == 1
+    assert "none.png: No such file" in missing.stderr
