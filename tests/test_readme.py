@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import re
-from statistics import median
+from statistics import mean, median, stdev
 
 import pytest
 from conftest import ROOT, run_script
 
 import bench
 import checkpoint
+import data
+import engine
 import frontier
 import recipes
 from record import history_of
@@ -122,3 +124,29 @@ def test_every_flag_the_readme_names_is_there(script):
     usage = run_script(script, "--help").stdout
     for flag in re.findall(r"--[a-z-]+", described):
         assert flag in usage
+
+
+def test_the_model_card_is_of_the_shipped_checkpoints():
+    card = " ".join((ROOT / "MODEL_CARD.md").read_text().split())
+    report = json.loads((ROOT / "figures" / "analysis.json").read_text())["report"]
+    for model in ("cnn", "mlp"):
+        path, run = shipped(model)
+        test, ece = run["test"], engine.metrics(*logits_and_labels(path))["ece"]
+        low, high = test["accuracy_ci95"]
+        told = f"| {model.upper()} | {test['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) | {test['loss']:.4f} "
+        assert f"{told}| {ece:.4f}" in card
+        assert f"value: {test['accuracy']}" in card
+        accuracies = [100 * run["test"]["accuracy"] for run in runs(f"{model}-val")]
+        assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in card
+    (cnn,) = report["checkpoints"]
+    assert f"with temperature {cnn['temperature']:.2f}: {cnn['calibration_after']['ece']:.4f}" in card
+    recalls = [row[k] / sum(row) for k, row in enumerate(cnn["confusion_matrix"])]
+    assert f"| CNN | {' | '.join(f'{recall:.1%}' for recall in recalls)} |" in card
+    (robust,) = [row for row in report["robustness"] if row["name"] == "cnn, published"]
+    for kind in ("shift", "rotation", "noise"):
+        assert f"{robust['mean'][kind]:.1%}" in card
+
+
+def logits_and_labels(path):
+    (test,) = data.load("test")
+    return engine.predict_logits(checkpoint.load(path)[0], test), test.labels
