@@ -21,7 +21,7 @@ WIDEST = 60  # characters of the table's first column
 
 
 def parse_args(argv=None):
-    parser = cli.Parser("Classify pictures of garments.")
+    parser = cli.Parser(f'Classify pictures of garments; below a probability of {SURE:.0%} the answer is "not sure".')
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="a picture, a folder of them, or - for stdin")
     parser.add_argument(
         "--checkpoint",

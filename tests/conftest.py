@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch: else two processes wait for one another's threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: the tests run two at a time, and start many processes
 
 import cli  # first: it keeps the libraries' caches inside the clone
 import data
@@ -33,15 +33,12 @@ def tries(request):
     return request.config.getoption("--tries")
 
 
-FAULTS = []  # (fault, tries, lost, wrong) of the tests that count
-
-
 @pytest.fixture
-def tally():
+def tally(record_property):
     """tally(fault, tries, lost, wrong) puts the counts into the table after the tests, and wants no harm done."""
 
     def count(fault, tries, lost, wrong):
-        FAULTS.append((fault, tries, len(lost), len(wrong)))
+        record_property("fault", (fault, tries, len(lost), len(wrong)))
         assert not lost
         assert not wrong
 
@@ -49,9 +46,12 @@ def tally():
 
 
 def pytest_terminal_summary(terminalreporter):
-    if FAULTS:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = [report.user_properties for report in reports if getattr(report, "when", None) == "call"]
+    faults = [value for properties in told for name, value in properties if name == "fault"]
+    if faults:
         terminalreporter.section("faults")
-        for row in [("fault", "tries", "lost", "wrong"), ("---",) * 4, *FAULTS]:
+        for row in [("fault", "tries", "lost", "wrong"), ("---",) * 4, *faults]:
             terminalreporter.line("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in row) + " |")
 
 

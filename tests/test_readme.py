@@ -1,5 +1,6 @@
 """README.md and the shipped files: each number agrees with the run, checkpoint or figure it speaks of."""
 
+import ast
 import hashlib
 import json
 import os
@@ -150,3 +151,12 @@ def test_the_model_card_is_of_the_shipped_checkpoints():
 def logits_and_labels(path):
     (test,) = data.load("test")
     return engine.predict_logits(checkpoint.load(path)[0], test), test.labels
+
+
+def test_the_lines_for_use_from_python_work(sample, monkeypatch, capsys):
+    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(lines, {"images": sample["test"].images[:20].numpy()})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    truth = [data.CLASSES[k] for k in sample["test"].labels[:20]]
+    assert sum(answer == true for answer, true in zip(answers, truth, strict=True)) > 15

@@ -366,10 +366,10 @@ def test_data_altered_between_runs(unfinished, harm, tally):
 
 
 def test_another_number_of_threads_is_told_and_put_on_record(unfinished):
-    assert run(unfinished, CNN, "--resume", before=partial(torch.set_num_threads, 1)) == 0
-    assert re.search(r"threads changed from \d+ to 1 since the run began: its last bits may not", said(unfinished))
+    assert run(unfinished, CNN, "--resume", before=partial(torch.set_num_threads, 3)) == 0
+    assert re.search(r"threads changed from \d+ to 3 since the run began: its last bits may not", said(unfinished))
     (resumed,) = json.loads((unfinished / "best_cnn_fmnist.json").read_text())["resumed"]
-    assert resumed["threads"] == 1
+    assert resumed["threads"] == 3
 
 
 def test_a_checkpoint_of_someone_else_is_kept_when_a_run_is_resumed(unfinished):
