@@ -54,7 +54,7 @@ def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, s
     jpegs = [saved(enlarged(i, chance, interpolation).convert("RGB"), "JPEG", quality=70) for i in images]
     changed = sample["test"]._replace(images=torch.from_numpy(np.stack([seen(jpeg) for jpeg in jpegs])))
     before, after = (engine.predict_logits(model, split).argmax(1) for split in (sample["test"], changed))
-    assert (before == after).double().mean() > 0.93
+    assert (before == after).double().mean() > 0.95
 
 
 def test_the_ground_may_be_light_or_dark(images):
