@@ -42,10 +42,10 @@ def main(argv=None):
     import data
     import plots
 
+    args.figures_dir.mkdir(parents=True, exist_ok=True)
     rows = collect(args.runs_dir)
     if not rows:
         raise data.UserError(f"{cli.shown(args.runs_dir)} has no finished run, as */best_*_fmnist.json of train.py")
-    args.figures_dir.mkdir(parents=True, exist_ok=True)
     literature = [dict(zip(("name", "accuracy", "parameters", "source"), row, strict=True)) for row in LITERATURE]
     checkpoint.write_json(args.figures_dir / "frontier.json", {"runs": rows, "literature": literature})
     checkpoint.write_atomically(args.figures_dir / "frontier.png", plots.frontier(rows, literature))

@@ -25,8 +25,12 @@ import bench
 import checkpoint
 import cli
 import data
+import demo
 import evaluate
+import export
+import frontier
 import models
+import predict
 import record
 import train
 
@@ -448,6 +452,19 @@ NONSENSE = {
     ),
     analyze_errors: st.one_of(below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", "a", "b", text]), DEVICE),
     bench: st.one_of(one_of("--quick"), TEXT.map(lambda text: ["--", text])),
+    frontier: st.one_of(below_a_file("--runs-dir"), below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", text])),
+    predict: st.one_of(
+        whole("--top", 1, 10),
+        TEXT.map(lambda text: [f"--show={text}"]).filter(lambda flags: not flags[0].endswith(".png")),
+        TEXT.map(lambda text: [f"--checkpoint=no such file {text}"]),
+        TEXT.map(lambda text: [f"--json={text}"]),
+        DEVICE,
+    ).map(lambda flags: [str(SAMPLE), *flags]),
+    demo: st.one_of(whole("--port", 1, 65_535), TEXT.map(lambda text: ["--", f"no such file {text}"]), DEVICE),
+    export: st.one_of(
+        TEXT.map(lambda text: ["--", f"no such file {text}"]),
+        TEXT.map(lambda text: [f"--output={text}", "a.pt"]).filter(lambda flags: not flags[0].endswith(".onnx")),
+    ),
 }
 
 
