@@ -103,7 +103,10 @@ def describe(loaded, split, views, members, logits):
     cautions = [told for info in infos if (told := caution(info, split))]
     training = [{key: info.get(key) for key in ("data", "epoch", "seed", "flags", "versions", "git")} for info in infos]
     result = {"views": views, "split": split.name, "data": split.source, **engine.metrics(logits, split.labels)}
-    result["caution"] = cautions[0] if cautions else None
+    flags = [info.get("flags", {}) for info in infos]
+    if views > 1 and not all(each.get("flip") and each.get("shift") for each in flags):
+        cautions.append("not trained on mirrored and moved images: such views may harm it")
+    result["caution"] = "; ".join(dict.fromkeys(cautions)) or None
     files = [(cli.shown(path), checkpoint.file_sha256(path)) for path, _, _ in (loaded[place] for place in members)]
     if len(members) == 1:
         ((path, digest),) = files

@@ -99,6 +99,8 @@ def test_test_time_augmentation_is_told_apart_from_the_plain_answer(trained, sam
         mean = sum(model(data.normalise(view.contiguous())).softmax(1) for view in views) / 6
     assert augmented["accuracy"] == pytest.approx((mean.argmax(1) == sample["test"].labels).double().mean().item())
     assert (plain["views"], augmented["views"]) == (1, 6)
+    assert plain["caution"] is None
+    assert "not trained on mirrored and moved images" in augmented["caution"]
     assert re.search(r"^ 2  \S+best_cnn_fmnist.pt, 6 views ", finished.stdout, re.MULTILINE)
 
 
