@@ -264,13 +264,14 @@ def loss_of(logits, labels, teacher, recipe, reduction="mean"):
     """The loss that a recipe minimises, in nats; logits and the teacher's (or None): float32 (b, 10), labels: int64.
 
     Distillation as by Hinton et al. 2015, arXiv:1503.02531: both answers at a temperature, whose square keeps the
-    gradients' size; cross-entropy, whose gradient is that of their divergence.
+    gradients' size.
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=reduction)
     if teacher is None:
         return loss
     share, t = recipe.distillation, recipe.temperature
-    distance = F.cross_entropy(logits / t, (teacher / t).softmax(1), reduction=reduction) * t**2
+    answers = [(each / t).log_softmax(1) for each in (logits, teacher)]
+    distance = F.kl_div(*answers, log_target=True, reduction="batchmean" if reduction == "mean" else reduction) * t**2
     return (1 - share) * loss + share * distance
 
 
