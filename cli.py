@@ -32,11 +32,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common(parser):
+    add_data_dir(parser)
+    add_device(parser)
+
+
+def add_data_dir(parser):
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
         help="folder of the four IDX files, raw or .gz (or the variable FMNIST_DIR; default: found or fetched)",
     )
+
+
+def add_device(parser):
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 
 
@@ -63,12 +71,16 @@ def positive_number(text):
     return value
 
 
-def json_file(text):
-    """An argparse type: a path to write, ending in .json so that no checkpoint is replaced by a slip."""
-    path = Path(text)
-    if path.suffix != ".json" or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a .json file in a folder that exists")
-    return path
+def file_to_write(suffix):
+    """An argparse type: a path to write, of that suffix, so that no checkpoint is replaced by a slip."""
+
+    def convert(text):
+        path = Path(text)
+        if path.suffix != suffix or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {suffix} file in a folder that exists")
+        return path
+
+    return convert
 
 
 def shown(path):

@@ -125,7 +125,6 @@ def explain_picture(source, loaded, train, references):
     """What the page shows of a picture (a path, or a drawing of Gradio's): pictures, labels and neighbours."""
     import gradio
     import numpy as np
-    import torch
 
     import data
     import explain
@@ -144,9 +143,7 @@ def explain_picture(source, loaded, train, references):
         ((_, _, classes),) = predict.classify(model, [("picture", pixels)], temperature)
         labels.append(dict(classes))
     model = loaded[0][1]
-    device = next(model.parameters()).device
-    image = torch.from_numpy(pixels).unsqueeze(0).to(device)
-    split = data.Split("picture", image, torch.zeros(1, dtype=torch.int64, device=device), "picture")
+    split = predict.as_split(model, [pixels])
     logits, features = explain.features(model, split)
     maps, _ = explain.attention_maps(model, split, logits.argmax(1))
     near = explain.nearest(features, references, NEIGHBOURS)[1][0].tolist()

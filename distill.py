@@ -72,12 +72,12 @@ def _compute(networks, split, recipe, precision):
     with tqdm(total=len(numbers) * len(networks), desc="teachers", unit=" views", disable=None) as bar:
         for number in numbers:
             seen = split._replace(images=data.view(split.images, number, recipe.shift))
-            probabilities = 0
+            answers = []
             for network in networks:
                 with torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32):
-                    probabilities = probabilities + engine.predict_logits(network, seen).double().softmax(1)
+                    answers.append(engine.predict_logits(network, seen))
                 bar.update()
-            logits[number] = (probabilities / len(networks)).log().clamp(min=-100).numpy()
+            logits[number] = engine.average(answers).clamp(min=-100).numpy()
     return logits
 
 

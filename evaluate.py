@@ -33,7 +33,9 @@ def parse_args(argv=None):
         help="measure also the mean answer to six views of each image: mirrored, moved by a pixel",
     )
     parser.add_argument("--ensemble", action="store_true", help="measure also the mean answer of all checkpoints given")
-    parser.add_argument("--json", metavar="FILE.json", type=cli.json_file, help="write everything measured there")
+    parser.add_argument(
+        "--json", metavar="FILE.json", type=cli.file_to_write(".json"), help="write everything measured there"
+    )
     cli.add_common(parser)
     return parser.parse_args(argv)
 

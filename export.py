@@ -25,9 +25,12 @@ def parse_args(argv=None):
     parser = cli.Parser("Write a checkpoint as ONNX.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument(
-        "--output", metavar="FILE.onnx", type=Path, help="where to write (default: beside the checkpoint)"
+        "--output",
+        metavar="FILE.onnx",
+        type=cli.file_to_write(".onnx"),
+        help="where to write (default: beside the checkpoint)",
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the four IDX files, as of train.py")
+    cli.add_data_dir(parser)
     return parser.parse_args(argv)
 
 
@@ -36,8 +39,6 @@ def main(argv=None):
     import data
 
     output = args.output or args.checkpoint.with_suffix(".onnx")
-    if output.suffix != ".onnx" or not output.parent.is_dir():
-        raise data.UserError(f"--output {cli.shown(output)}: not a .onnx file in a folder that exists")
     if output.exists() and not args.output:
         raise data.UserError(f"{cli.shown(output)} is there already: to replace it, name it with --output")
     if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:

@@ -35,8 +35,10 @@ def parse_args(argv=None):
     form.add_argument("--json", dest="form", action="store_const", const="json", help="a line of JSON for each picture")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated values")
     parser.set_defaults(form="table")
-    parser.add_argument("--show", metavar="FILE.png", type=Path, help="also draw there what the network saw")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--show", metavar="FILE.png", type=cli.file_to_write(".png"), help="also draw there what the network saw"
+    )
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -44,8 +46,6 @@ def main(argv=None):
     args = parse_args(argv)
     from data import UserError
 
-    if args.show and (args.show.suffix != ".png" or not args.show.parent.is_dir()):
-        raise UserError(f"--show {cli.shown(args.show)}: not a .png file in a folder that exists")
     names = find(args.pictures)
     from tqdm import tqdm
 
@@ -119,23 +119,30 @@ def temperature_of(path):
 
 def classify(model, found, temperature):
     """What the model says of pictures [(name, uint8 (28, 28))]: (name, pixels, [(class, probability)] by rank)."""
-    import numpy as np
-    import torch
-
     import analysis
     import data
     import engine
 
     if not found:
         return []
-    device = next(model.parameters()).device
-    images = torch.from_numpy(np.stack([pixels for _, pixels in found])).to(device)
-    split = data.Split("pictures", images, torch.zeros(len(images), dtype=torch.int64, device=device), "pictures")
+    split = as_split(model, [pixels for _, pixels in found])
     probabilities = analysis.scaled(engine.predict_logits(model, split), temperature)
     return [
         (name, pixels, sorted(zip(data.CLASSES, map(float, row), strict=True), key=lambda pair: -pair[1]))
         for (name, pixels), row in zip(found, probabilities, strict=True)
     ]
+
+
+def as_split(model, images):
+    """Images uint8 (28, 28) without labels, as a Split on the model's device."""
+    import numpy as np
+    import torch
+
+    import data
+
+    device = next(model.parameters()).device
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    return data.Split("pictures", torch.from_numpy(np.stack(images)).to(device), labels, "pictures")
 
 
 def answer(classes):

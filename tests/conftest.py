@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import kernels
 
 ROOT = cli.HERE
 SAMPLE = ROOT / "tests" / "sample"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 def pytest_addoption(parser):
@@ -165,3 +168,15 @@ def sample_as_published(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "MIRRORS", ())
     monkeypatch.delenv("FMNIST_DIR", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not BROWSER:
+        pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield started
+        started.close()

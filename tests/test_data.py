@@ -362,6 +362,7 @@ def test_augmentation_mirrors_moves_and_erases_as_asked(sample):
     assert torch.equal(data.augment(images)[0], images)
     mirrored = (data.augment(images, flip=True)[0] == images.flip(2)).all((1, 2))
     assert 60 < mirrored.sum() < 140
+    assert torch.equal(data.augment(images[mirrored], flip=False)[0], images[mirrored])
 
     moved = data.augment(images, shift=2)[0]
     frame = torch.nn.functional.pad(images, (2,) * 4)

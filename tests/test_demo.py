@@ -1,7 +1,6 @@
 """demo.py in a real browser: a picture, a drawing, and nothing sent anywhere."""
 
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +11,6 @@ from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
 from PIL import Image, ImageOps
 
 from data import CLASSES
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +32,19 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def page(request, address):
+def page(request, browser, address):
     """The page in Chromium, which has no way to any other address."""
-    if not BROWSER:
-        pytest.skip("needs Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        width, height = request.param
-        context = browser.new_context(viewport={"width": width, "height": height})
-        page, page.outside = context.new_page(), []
-        context.route(
-            lambda url: not url.startswith((address, "data:", "blob:")),
-            lambda route: (page.outside.append(route.request.url), route.abort()),
-        )
-        page.goto(address)
-        page.get_by_text("What garment is it?").wait_for(timeout=60_000)
-        yield page
-        browser.close()
+    width, height = request.param
+    context = browser.new_context(viewport={"width": width, "height": height})
+    page, page.outside = context.new_page(), []
+    context.route(
+        lambda url: not url.startswith((address, "data:", "blob:")),
+        lambda route: (page.outside.append(route.request.url), route.abort()),
+    )
+    page.goto(address)
+    page.get_by_text("What garment is it?").wait_for(timeout=60_000)
+    yield page
+    context.close()
 
 
 def again(page):

@@ -47,7 +47,7 @@ def test_the_published_runs_are_of_the_published_protocol(model, select):
 )
 def test_the_other_runs_are_of_the_recipes_as_they_are(model, recipe, limit):
     expected = recipes.find(recipe, model)
-    assert len(runs(f"{model}-{recipe}")) >= 3
+    assert len(runs(f"{model}-{recipe}")) == 5
     for seed, run in enumerate(runs(f"{model}-{recipe}")):
         assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", "Fashion-MNIST")
         assert (run["train_images"], run["test"]["n"]) == (60_000, 10_000)

@@ -25,9 +25,6 @@ import engine
 import models
 import recipes
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-
 
 class Own(nn.Module):
     """What a researcher might add: batch normalisation, a depthwise convolution, global pooling."""
@@ -209,18 +206,6 @@ def test_every_picture_is_the_one_it_says(report):
         assert error.max() < 40
     assert page["labels"] == "".join(map(str, test.labels.tolist()))
     assert page["train"]["labels"] == "".join(str(train.labels[i].item()) for i in page["train"]["index"])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not BROWSER:
-        pytest.skip("no Chromium here")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield started
-        started.close()
 
 
 @pytest.fixture
