@@ -183,7 +183,7 @@ def frontier(rows, literature):
             axes.plot(*place, marker="x", color=GREY)
             _name(axes, system["name"], place, "#666666")
         axes.set(xscale="log", xlabel=label)
-        axes.margins(x=0.2)
+        axes.margins(x=0.3)  # names lie to the left
         axes.grid(color="#e4e4e4", linewidth=0.6)
     panels[0].set_ylabel("test accuracy, %: mean of seeds and its 95% interval")
     return _png(figure)
