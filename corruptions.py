@@ -35,7 +35,7 @@ def corrupt(images, kind, strength):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(*data.derive_seeds(SEED, KINDS.index(kind), strength))
         if kind == "occlusion":
-            return data.augment(images, erase=amount)[0]
+            return data.augment(images, erase=amount)
         channels = images.unsqueeze(1)
         if kind == "shift":
             steps = [(x, y) for x in (-amount, 0, amount) for y in (-amount, 0, amount) if x or y]

@@ -158,41 +158,24 @@ def share(n, rank, world):
 def augment(images, *, flip=False, shift=0, erase=0, n=None, part=slice(None)):
     """Alter each image uint8 (b, 28, 28) in its own way, drawn from the default generator of its device.
 
-    Returns the images and the number int64 (b,) of the view() that each is of, before erasing.
     flip mirrors half of them; shift moves them by up to so many pixels along both axes, black coming in; erase
     blackens a square of so many pixels a side around any pixel, cut off at the border (cutout: DeVries and Taylor
     2017, arXiv:1708.04552). Where the images are a part of a batch of n, what is drawn is what the whole would get.
     """
     n, size, device = n or len(images), images.shape[-1], images.device
-    number = torch.zeros(len(images), dtype=torch.int64, device=device)
     if flip:
         chosen = torch.rand(n, 1, 1, device=device)[part] < 0.5
         images = torch.where(chosen, images.flip(2), images)
-        number = chosen.flatten().long()
     if shift:
         windows = F.pad(images, (shift,) * 4).unfold(1, size, 1).unfold(2, size, 1)  # every position, without a copy
         down, right = torch.randint(2 * shift + 1, (2, n), device=device)[:, part]
         images = windows[torch.arange(len(images), device=device), down, right]
-        number = (number * (2 * shift + 1) + down) * (2 * shift + 1) + right
     if erase:
         place = torch.arange(size, device=device)
         rows, columns = torch.randint(size, (2, n, 1), device=device)[:, part] - erase // 2
         in_rows, in_columns = ((start <= place) & (place < start + erase) for start in (rows, columns))
         images = images.masked_fill(in_rows.unsqueeze(2) & in_columns.unsqueeze(1), 0)
-    return images, number
-
-
-def views(flip, shift):
-    """How many views of an image augment() draws from: each position, and each of them mirrored."""
-    return (1 + flip) * (2 * shift + 1) ** 2
-
-
-def view(images, number, shift):
-    """One view of all images uint8 (n, 28, 28), of the number that augment() gives it with that shift."""
-    size, positions = images.shape[-1], 2 * shift + 1
-    mirrored, down, right = number // positions**2, number // positions % positions, number % positions
-    padded = F.pad(images.flip(2) if mirrored else images, (shift,) * 4)
-    return padded[:, down : down + size, right : right + size].contiguous()
+    return images
 
 
 def normalise(images, dtype=torch.float32):

@@ -1,9 +1,9 @@
-"""Knowledge distillation: what teachers answer to every view of the training images, computed once and kept.
+"""Knowledge distillation: what teachers answer to the training images, computed once and kept.
 
 teachers = distill.describe(["checkpoints/best_resnet_fmnist.pt"])
-logits = distill.answers(teachers, train, recipe)      # float16 (views, n, 10), for engine.Training
+logits = distill.answers(teachers, train)              # float32 (n, 10), for engine.Training
 
-A view is a training image as augment() may mirror and shift it, so that teacher and student look at the same picture.
+An answer is the mean over a few views of an image, mirrored and moved: one target for every view the student sees.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import distributed
 import engine
 
 CACHE = cli.HERE / ".cache" / "teachers"
-FORMAT = 1  # of the cached files
+FORMAT = 2  # of the cached files
 
 
 class TeacherError(data.UserError):
@@ -45,8 +45,8 @@ def describe(paths):
     return described
 
 
-def answers(teachers, split, recipe, precision=torch.float32):
-    """The logarithms of the teachers' mean probabilities, float16 (views, n, 10) on the split's device.
+def answers(teachers, split, precision=torch.float32):
+    """The logarithms of the mean probabilities of all teachers and engine.VIEWS, float32 (n, 10) on the split's device.
 
     teachers: of describe. Read from the cache where they are there; else computed, with a bar.
     Raises TeacherError where a checkpoint has changed since it was described.
@@ -56,29 +56,23 @@ def answers(teachers, split, recipe, precision=torch.float32):
         if checkpoint.file_sha256(teacher["checkpoint"]) != teacher["sha256"]:
             raise TeacherError(f"{teacher['checkpoint']} is no longer the teacher this run began with")
         networks.append(checkpoint.load(teacher["checkpoint"])[0].to(split.labels.device))
-    key = [FORMAT, [teacher["sha256"] for teacher in teachers], data.fingerprint(split), recipe.flip, recipe.shift]
+    key = [FORMAT, [teacher["sha256"] for teacher in teachers], data.fingerprint(split)]
     path = CACHE / f"{hashlib.sha256(json.dumps([*key, cli.plain(precision)]).encode()).hexdigest()[:16]}.npy"
     logits = distributed.from_first(lambda: _read(path))
     if logits is None:
-        logits = _compute(networks, split, recipe, precision)
+        logits = _compute(networks, split, precision)
         if distributed.rank() == 0:
             _write(path, logits)
     return torch.from_numpy(logits).to(split.labels.device)
 
 
-def _compute(networks, split, recipe, precision):
-    numbers = range(data.views(recipe.flip, recipe.shift))
-    logits = np.empty((len(numbers), len(split.labels), len(data.CLASSES)), np.float16)
-    with tqdm(total=len(numbers) * len(networks), desc="teachers", unit=" views", disable=None) as bar:
-        for number in numbers:
-            seen = split._replace(images=data.view(split.images, number, recipe.shift))
-            answers = []
-            for network in networks:
-                with torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32):
-                    answers.append(engine.predict_logits(network, seen))
-                bar.update()
-            logits[number] = engine.average(answers).clamp(min=-100).numpy()
-    return logits
+def _compute(networks, split, precision):
+    with (
+        tqdm(total=len(networks) * len(engine.VIEWS), desc="teachers", unit=" views", disable=None) as bar,
+        torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32),
+    ):
+        answers = [engine.predict_views(network, split, bar.update) for network in networks]
+    return engine.average(answers).float().numpy()
 
 
 def _read(path):

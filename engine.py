@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional as F
 
 import distributed
-from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share, view
+from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share
 from optim import NATIVE_BFLOAT16, build_optimizers, rate, set_rates
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 EVALUATION_BATCH = 256  # as published
-TTA_SHIFT, TTA_VIEWS = 1, (4, 0, 8, 13, 9, 17)  # of test-time augmentation, numbered as by data.view: the image itself
-# and moved to two opposite corners by a pixel, and all three mirrored, as in cifar10-airbench
+VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1, -1))  # of test-time augmentation: the
+# image itself, and moved by a pixel to two opposite corners, and all three mirrored, as in cifar10-airbench
 MALLOPT = {  # of <malloc.h>: option, value in bytes
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),
@@ -97,7 +97,7 @@ class Training:
 
     Trains `model` on the split `train` and measures it after every epoch on the split `select`, where there is one.
     Among several processes (distributed.py) each takes its share of every batch, and the figures are those of all.
-    teacher, where the recipe distils: the logits of every view of the training images, of distill.answers.
+    teacher, where the recipe distils: logits for the training images, float (n, 10), of distill.answers.
     epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
     correct and seconds are this epoch's so far.
     """
@@ -196,7 +196,7 @@ class Training:
         reseed(seed)
         part = share(batch, rank, world)
         labels = self.train.labels.index_select(0, index)
-        images, view = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
+        images = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
         images = normalise(images, self.precision)
         if rank:
             reseed(own_seed)  # other images, other dropout
@@ -205,7 +205,7 @@ class Training:
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
-        answers = None if self.teacher is None else self.teacher[view, index].float()
+        answers = None if self.teacher is None else self.teacher[index].float()
         loss = loss_of(logits.float(), labels, answers, recipe, "mean" if world == 1 else "sum")
         if world > 1:
             loss = loss * (world / batch)
@@ -307,13 +307,14 @@ def average(answers):
 
 
 def predict_views(model, split, progress=None):
-    """The average of what predict_logits says of TTA_VIEWS of every image, float64 (n, 10).
+    """The average of what predict_logits says of the VIEWS of every image, float64 (n, 10).
 
     progress() is called after each view.
     """
     answers = []
-    for number in TTA_VIEWS:
-        answers.append(predict_logits(model, split._replace(images=view(split.images, number, TTA_SHIFT))))
+    for mirrored, moved in VIEWS:
+        images = F.pad(split.images.flip(2) if mirrored else split.images, (moved, -moved) * 2)
+        answers.append(predict_logits(model, split._replace(images=images)))
         if progress:
             progress()
     return average(answers)

@@ -80,8 +80,8 @@ def answer(loaded, split, tta, ensemble):
     import engine
 
     answers = []
-    with tqdm(total=len(loaded) * (1 + tta * len(engine.TTA_VIEWS)), unit=" views", disable=None, leave=False) as bar:
-        for views in (1, len(engine.TTA_VIEWS)) if tta else (1,):
+    with tqdm(total=len(loaded) * (1 + tta * len(engine.VIEWS)), unit=" views", disable=None, leave=False) as bar:
+        for views in (1, len(engine.VIEWS)) if tta else (1,):
             logits = []
             for _, model, _ in loaded:
                 model.to(split.labels.device)

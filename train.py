@@ -227,7 +227,7 @@ def train(args, path, device, flags, seed, saved):
     torch.manual_seed(*data.derive_seeds(seed))
     model = models.build(args.model).to(device)
     precision = engine.pick_precision(flags["precision"], device)
-    teacher = distill.answers(flags["teachers"], train, recipe, precision) if flags["teachers"] else None
+    teacher = distill.answers(flags["teachers"], train, precision) if flags["teachers"] else None
     training = engine.Training(model, train, select, recipe, seed=seed, precision=precision, teacher=teacher)
     is_first, processes = distributed.rank() == 0, distributed.world()
     chosen = SELECTION[recipe.select].format(epochs=recipe.epochs, n=len(splits[1].labels))
