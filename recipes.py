@@ -64,11 +64,11 @@ RECIPES = {
     "distilled": {
         "mlp": Recipe(
             epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, warmup=0.3,
-            flip=True, shift=1, distillation=0.9, temperature=4.0, select="last", precision="auto", fused=True,
+            flip=True, shift=1, distillation=0.5, select="last", precision="auto", fused=True,
         ),
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,
-            flip=True, shift=1, distillation=0.9, temperature=4.0, select="last", precision="auto", fused=True,
+            flip=True, shift=1, distillation=0.5, select="last", precision="auto", fused=True,
         ),
     },
 }  # fmt: skip
