@@ -73,7 +73,7 @@ def collect(folder):
             raise data.UserError(f"{cli.shown(path)} is no history of a run of train.py") from None
         if not wanted or flags["recipe"] not in recipes.RECIPES:
             continue
-        teachers = [teacher["model"] for teacher in flags.get("teachers", [])]
+        teachers = [teacher["checkpoint"] for teacher in flags.get("teachers", [])]
         key = (run["model"], flags["recipe"], flags["select"], flags["epochs"], tuple(teachers))
         groups.setdefault(key, []).append(run)
     places = {name: place for names in (models.MODELS, recipes.RECIPES, CHOSEN) for place, name in enumerate(names)}
@@ -118,7 +118,7 @@ def command(model, recipe, select, epochs, teachers):
     words += ["--recipe", recipe] if recipe != recipes.default(model) else []
     words += ["--select", select] if select != usual.select else []
     words += ["--epochs", str(epochs)] if epochs != usual.epochs else []
-    return " ".join([*words, *(["--teacher", "..."] if teachers else [])])
+    return " ".join([*words, *(["--teacher", *teachers] if teachers else [])])
 
 
 def markdown(rows):

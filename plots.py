@@ -177,20 +177,19 @@ def frontier(rows, literature):
                 best.append(row)
         axes.plot([row[key] for row in best], [100 * row["accuracy"] for row in best], color=GREY, lw=1, zorder=0)
         for row in best:
-            _name(axes, f"{row['model']}, {row['recipe']}", (row[key], 100 * row["accuracy"]), "black")
+            name, place = f"{row['model']}, {row['recipe']}", (row[key], 100 * row["accuracy"])
+            axes.annotate(name, place, (6, -5), textcoords="offset points", va="top", size=8)
         for system in literature if key == "parameters" else []:
             place = (system["parameters"], 100 * system["accuracy"])
             axes.plot(*place, marker="x", color=GREY)
-            _name(axes, system["name"], place, "#666666")
+            axes.annotate(
+                system["name"], place, (-5, 5), textcoords="offset points", ha="right", size=8, color="#666666"
+            )
         axes.set(xscale="log", xlabel=label)
-        axes.margins(x=0.3)  # names lie to the left
+        axes.margins(x=0.3)  # for the names
         axes.grid(color="#e4e4e4", linewidth=0.6)
     panels[0].set_ylabel("test accuracy, %: mean of seeds and its 95% interval")
     return _png(figure)
-
-
-def _name(axes, text, place, colour):
-    axes.annotate(text, place, (-5, 5), textcoords="offset points", ha="right", size=8, color=colour)
 
 
 def bench(results):

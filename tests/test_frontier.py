@@ -46,7 +46,8 @@ def test_a_command_repeats_its_row():
     assert frontier.command("cnn", "published", "test", 15, ()) == "--model cnn --select test"
     assert frontier.command("cnn", "best", "last", 100, ()) == "--model cnn --recipe best"
     assert frontier.command("resnet", "best", "last", 36, ()) == "--model resnet"
-    assert frontier.command("mlp", "distilled", "last", 900, ("cnn",)) == "--model mlp --recipe distilled --teacher ..."
+    taught = frontier.command("mlp", "distilled", "last", 900, ("a/best_cnn_fmnist.pt", "b.pt"))
+    assert taught == "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
 
 
 def test_without_a_run_it_says_so(runs, tmp_path):
