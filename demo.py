@@ -19,7 +19,7 @@ os.environ["GRADIO_TEMP_DIR"] = str(cli.HERE / ".cache" / "gradio")
 SHOWN = 280  # pixels a side of the pictures on the page
 NEIGHBOURS = 8
 EXAMPLES = (0, 1, 2, 8, 12, 18)  # test images, as on the page
-DEFAULTS = [cli.CHECKPOINTS / "best_cnn_fmnist.pt", cli.CHECKPOINTS / "best_mlp_fmnist.pt"]
+DEFAULTS = [cli.DEFAULT_CHECKPOINT, cli.CHECKPOINTS / "best_mlp_fmnist.pt"]
 
 
 def parse_args(argv=None):

@@ -51,22 +51,21 @@ def answers(teachers, split, precision=torch.float32):
     teachers: of describe. Read from the cache where they are there; else computed, with a bar.
     Raises TeacherError where a checkpoint has changed since it was described.
     """
-    networks = []
     for teacher in teachers:
         if checkpoint.file_sha256(teacher["checkpoint"]) != teacher["sha256"]:
             raise TeacherError(f"{teacher['checkpoint']} is no longer the teacher this run began with")
-        networks.append(checkpoint.load(teacher["checkpoint"])[0].to(split.labels.device))
     key = [FORMAT, [teacher["sha256"] for teacher in teachers], data.fingerprint(split)]
     path = CACHE / f"{hashlib.sha256(json.dumps([*key, cli.plain(precision)]).encode()).hexdigest()[:16]}.npy"
     logits = distributed.from_first(lambda: _read(path))
     if logits is None:
-        logits = _compute(networks, split, precision)
+        logits = _compute(teachers, split, precision)
         if distributed.rank() == 0:
             _write(path, logits)
     return torch.from_numpy(logits).to(split.labels.device)
 
 
-def _compute(networks, split, precision):
+def _compute(teachers, split, precision):
+    networks = [checkpoint.load(teacher["checkpoint"])[0].to(split.labels.device) for teacher in teachers]
     with (
         tqdm(total=len(networks) * len(engine.VIEWS), desc="teachers", unit=" views", disable=None) as bar,
         torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32),

@@ -97,7 +97,7 @@ class Training:
 
     Trains `model` on the split `train` and measures it after every epoch on the split `select`, where there is one.
     Among several processes (distributed.py) each takes its share of every batch, and the figures are those of all.
-    teacher, where the recipe distils: logits for the training images, float (n, 10), of distill.answers.
+    teacher, where the recipe distils: logits for the training images, float32 (n, 10), of distill.answers.
     epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
     correct and seconds are this epoch's so far.
     """
@@ -205,7 +205,7 @@ class Training:
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
-        answers = None if self.teacher is None else self.teacher[index].float()
+        answers = None if self.teacher is None else self.teacher[index]
         loss = loss_of(logits.float(), labels, answers, recipe, "mean" if world == 1 else "sum")
         if world > 1:
             loss = loss * (world / batch)

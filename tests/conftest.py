@@ -170,6 +170,14 @@ def sample_as_published(monkeypatch, tmp_path):
     return tmp_path
 
 
+def six_views(images):
+    """Images uint8 (n, 28, 28) as test-time augmentation moves them along the diagonal, and all of it mirrored."""
+    from torch.nn import functional as F
+
+    padded = [F.pad(each, (1, 1, 1, 1)) for each in (images, images.flip(2))]
+    return [each[:, start : start + 28, start : start + 28] for each in padded for start in (0, 1, 2)]
+
+
 @pytest.fixture(scope="module")
 def browser():
     if not BROWSER:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, run_script
+from conftest import SAMPLE, assert_one_line_error, run_script, six_views
 from torch.nn import functional as F
 
 import checkpoint
@@ -38,11 +38,12 @@ def test_answers_are_mean_probabilities_of_all_views_and_are_kept(sample, teache
     split = sample["train"]
     answers = distill.answers(distill.describe(teachers), split)
     assert (answers.shape, answers.dtype) == ((920, 10), torch.float32)
-    padded = [F.pad(images, (1, 1, 1, 1)) for images in (split.images, split.images.flip(2))]
-    views = [images[:, start : start + 28, start : start + 28] for images in padded for start in (0, 1, 2)]
     networks = [checkpoint.load(path)[0].eval() for path in teachers]
     with torch.no_grad():
-        expected = sum(network(data.normalise(view)).softmax(1) for network in networks for view in views) / 12
+        expected = (
+            sum(network(data.normalise(view)).softmax(1) for network in networks for view in six_views(split.images))
+            / 12
+        )
     torch.testing.assert_close(answers.exp(), expected, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr(engine, "predict_logits", None)
     assert torch.equal(distill.answers(distill.describe(teachers), split), answers)

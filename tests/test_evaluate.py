@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script, six_views
 from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support
-from torch.nn import functional as F
 
 import checkpoint
 import data
@@ -93,10 +92,8 @@ def test_test_time_augmentation_is_told_apart_from_the_plain_answer(trained, sam
     assert finished.returncode == 0, finished.stderr
     plain, augmented = json.loads((tmp_path / "t.json").read_text())["checkpoints"]
     images, model = sample["test"].images, checkpoint.load(path)[0]
-    padded = [F.pad(each, (1, 1, 1, 1)) for each in (images, images.flip(2))]
-    views = [each[:, start : start + 28, start : start + 28] for each in padded for start in (0, 1, 2)]
     with torch.no_grad():
-        mean = sum(model(data.normalise(view.contiguous())).softmax(1) for view in views) / 6
+        mean = sum(model(data.normalise(view.contiguous())).softmax(1) for view in six_views(images)) / 6
     assert augmented["accuracy"] == pytest.approx((mean.argmax(1) == sample["test"].labels).double().mean().item())
     assert (plain["views"], augmented["views"]) == (1, 6)
     assert plain["caution"] is None
