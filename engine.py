@@ -28,6 +28,7 @@ MALLOPT = {  # of <malloc.h>: option, value in bytes
 DEVICES = ("cpu", "cuda", "mps")
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
 COUNTERS = ("epoch", "step", "loss", "correct", "seconds")  # of a Training, kept in its state_dict
+PRUNED_EPOCHS = 0.875  # share of a run's epochs that may leave images out, as published with prune's method
 
 
 class TrainingError(UserError):
@@ -100,6 +101,8 @@ class Training:
     teacher, where the recipe distils: logits for the training images, float32 (n, 10), of distill.answers.
     epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
     correct and seconds are this epoch's so far.
+    image_losses, float32 (n,), are those that the images last had, and image_weights, float32 (n,), what each counts
+    for in this epoch: 0 where it is left out.
     """
 
     def __init__(self, model, train, select, recipe, *, seed, precision=torch.float32, teacher=None):
@@ -108,17 +111,30 @@ class Training:
                 module.p = recipe.dropout
         self.model, self.train, self.select, self.recipe = model, train, select, recipe
         self.seed, self.precision, self.teacher = seed, precision, teacher
-        self._numbered = train._replace(labels=torch.arange(len(train.labels), device=train.labels.device))
         self.optimizers = build_optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
-        self.steps = -(-len(train.labels) // recipe.batch_size)
         self.network = distributed.wrap(model, normalise(train.images[:1]))
+        self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
         self.epoch = 1
         self._begin_epoch()
 
     def _begin_epoch(self):
-        self.step = self.correct = 0
-        self.loss = self.seconds = 0.0
+        self.step = 0
+        self.loss = self.correct = self.seconds = 0.0
+        left_out = self.recipe.prune if self.epoch <= PRUNED_EPOCHS * self.recipe.epochs else 0.0
+        self._weigh(prune(self.image_losses, left_out, derive_seeds(self.seed, 0, self.epoch)[0]))
+
+    def _weigh(self, weights):
+        self.image_weights, index = weights, weights.nonzero().squeeze(1)
+        images = self.train.images if len(index) == len(weights) else self.train.images.index_select(0, index)
+        self._numbered = self.train._replace(images=images, labels=index)
+        self.steps = -(-len(index) // self.recipe.batch_size)
+
+    @property
+    def seen(self):
+        """How many of the epoch's images are done with, counting a part of those it leaves out."""
+        chosen = len(self._numbered.labels)
+        return min(self.step * self.recipe.batch_size, chosen) * len(self.train.labels) // chosen
 
     @property
     def finished(self):
@@ -147,7 +163,7 @@ class Training:
                 _check_finite(loss, f"the evaluation after epoch {self.epoch}")
                 row |= {"select_loss": loss, "select_accuracy": accuracy}
             row["seconds"] = self.seconds + time.perf_counter() - start
-            row["images_per_second"] = n / self.seconds
+            row["images_per_second"] = len(self._numbered.labels) / self.seconds
             self.epoch += 1
             self._begin_epoch()
             yield row
@@ -162,7 +178,7 @@ class Training:
         own_seeds = derive_seeds(self.seed, self.epoch, rank, n=self.steps + 1) if rank else seeds
         order = {"first": self.step, "rank": rank, "world": distributed.world()}
         recent = []  # of steps not yet counted: counting many at once keeps a step short
-        seen = self.step * self.recipe.batch_size
+        seen = self.seen
         self.model.train()
         for images, index in batches(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
             recent.append(self._step(images, index, seeds[self.step + 1], own_seeds[self.step + 1]))
@@ -171,7 +187,7 @@ class Training:
                 continue
             stopped = self._count(recent, stop)
             recent.clear()
-            before, seen = seen, min(self.step * self.recipe.batch_size, len(self.train.labels))
+            before, seen = seen, self.seen
             now = time.perf_counter()
             self.seconds, start = self.seconds + now - start, now
             loss, accuracy = self.loss / seen, self.correct / seen
@@ -185,13 +201,14 @@ class Training:
     def _step(self, images, index, seed, own_seed):
         """Train on this process's share of a batch, the images of that index.
 
-        Returns loss, the number of images it is a mean of, logits, labels.
+        Returns loss, the number of images it is a mean of, logits, labels, index, and where the recipe prunes the
+        images' own losses.
 
         With several processes the loss is such that its mean over them, whose gradient they all get, is the mean over
         the images of the whole batch, whoever has more of them.
         """
         recipe, device, rank, world = self.recipe, index.device, distributed.rank(), distributed.world()
-        batch = min(recipe.batch_size, len(self.train.labels) - self.step * recipe.batch_size)
+        batch = min(recipe.batch_size, len(self._numbered.labels) - self.step * recipe.batch_size)
         reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
         reseed(seed)
         part = share(batch, rank, world)
@@ -206,7 +223,13 @@ class Training:
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
         answers = None if self.teacher is None else self.teacher[index]
-        loss = loss_of(logits.float(), labels, answers, recipe, "mean" if world == 1 else "sum")
+        losses, reduction = None, "mean" if world == 1 else "sum"
+        if recipe.prune:
+            losses = loss_of(logits.float(), labels, answers, recipe, "none")
+            loss = getattr(losses * self.image_weights[index], reduction)()
+            losses = losses.detach()
+        else:
+            loss = loss_of(logits.float(), labels, answers, recipe, reduction)
         if world > 1:
             loss = loss * (world / batch)
         self.model.zero_grad()
@@ -215,16 +238,23 @@ class Training:
             self.scaler.step(optimizer) if self.scaler else optimizer.step()
         if self.scaler:
             self.scaler.update()
-        return loss.detach(), batch / world, logits.detach(), labels
+        return loss.detach(), batch / world, logits.detach(), labels, index, losses
 
     def _count(self, recent, stop):
         """Add what _step returned, of several steps and all processes, to the sums. Returns whether any is to stop."""
-        losses, sizes, logits, labels = zip(*recent, strict=True)
-        loss = (torch.stack(losses).cpu().double() * torch.tensor(sizes, dtype=torch.double)).sum().item()
-        correct = (torch.cat(logits).argmax(1) == torch.cat(labels)).sum().item()
+        means, sizes, logits, labels, index, losses = zip(*recent, strict=True)
+        index = torch.cat(index)
+        loss = (torch.stack(means).cpu().double() * torch.tensor(sizes, dtype=torch.double)).sum().item()
+        hits = torch.cat(logits).argmax(1) == torch.cat(labels)
+        correct = (hits * self.image_weights[index]).sum().item()
         loss, correct, asked = distributed.add_up(loss, correct, stop is not None and stop())
         self.loss += loss
-        self.correct += int(correct)
+        self.correct += correct
+        if self.recipe.prune:
+            new = torch.zeros_like(self.image_losses)
+            new[index] = torch.cat(losses).clamp(min=torch.finfo(new.dtype).tiny)  # so that 0 is none
+            new = distributed.sum_tensor(new)
+            self.image_losses = torch.where(new != 0, new, self.image_losses)
         return asked > 0
 
     def state_dict(self):
@@ -233,6 +263,7 @@ class Training:
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "scaler": self.scaler and self.scaler.state_dict(),
+            **({"images": (self.image_losses, self.image_weights)} if self.recipe.prune else {}),
             **{key: getattr(self, key) for key in COUNTERS},
         }
 
@@ -253,6 +284,10 @@ class Training:
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
+        if self.recipe.prune:
+            losses, weights = state["images"]
+            self.image_losses.copy_(losses)
+            self._weigh(self.image_weights.copy_(weights))
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps
@@ -260,8 +295,21 @@ class Training:
             raise ValueError("its place lies outside of the run")
 
 
+def prune(losses, share, seed):
+    """What each image is to count for in an epoch, float32 (n,), from the losses float32 (n,) they had.
+
+    That share of the images with less than the mean loss, drawn by the seed, counts for nothing, and the rest of them
+    for as much more. InfoBatch: Qin et al. 2024, arXiv:2303.04947.
+    """
+    drawn = torch.rand(len(losses), generator=torch.Generator().manual_seed(seed)).to(losses.device)
+    easy = losses < losses.mean()
+    return torch.where(easy, (drawn >= share) / (1 - share), 1.0)
+
+
 def loss_of(logits, labels, teacher, recipe, reduction="mean"):
     """The loss that a recipe minimises, in nats; logits and the teacher's (or None): float32 (b, 10), labels: int64.
+
+    reduction: "mean" over the images, "sum", or "none".
 
     Distillation as by Hinton et al. 2015, arXiv:1503.02531: both answers at a temperature, whose square keeps the
     gradients' size.
@@ -271,7 +319,9 @@ def loss_of(logits, labels, teacher, recipe, reduction="mean"):
         return loss
     share, t = recipe.distillation, recipe.temperature
     answers = [(each / t).log_softmax(1) for each in (logits, teacher)]
-    distance = F.kl_div(*answers, log_target=True, reduction="batchmean" if reduction == "mean" else reduction) * t**2
+    distance = F.kl_div(*answers, log_target=True, reduction="none").sum(1) * t**2
+    if reduction != "none":
+        distance = getattr(distance, reduction)()
     return (1 - share) * loss + share * distance
 
 

@@ -21,6 +21,7 @@ class Recipe(NamedTuple):
     flip: bool = False  # mirror half of the images, others each epoch
     shift: int = 0  # move by up to so many pixels, up or down and left or right
     erase: int = 0  # blacken a square of so many pixels a side
+    prune: float = 0.0  # leave out, anew in each epoch, this share of the images with less than the mean loss
     distillation: float = 0.0  # share of the loss that is the distance from the teachers' answers
     temperature: float = 1.0  # of both answers in that distance
     select: str = "val"  # what chooses the epoch that is kept: "val", "test", or "last" (train on all, keep the last)

@@ -254,7 +254,7 @@ def train(args, path, device, flags, seed, saved):
     writer = open_tensorboard(args, record.history) if is_first else None
     bar = tqdm(
         total=recipe.epochs * len(train.labels),
-        initial=(training.epoch - 1) * len(train.labels) + training.step * recipe.batch_size,
+        initial=(training.epoch - 1) * len(train.labels) + training.seen,
         disable=None,  # where stderr is no terminal
         dynamic_ncols=True,
         bar_format="{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA {remaining}",

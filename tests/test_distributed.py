@@ -19,11 +19,11 @@ import recipes
 PROCESSES = 2
 FLAGS = ["--model", "cnn", "--epochs", 8, "--batch-size", 33]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-WITHOUT_DROPOUT = """
+ADAPTED = """
 import sys
 sys.path.append("tests")
 import test_distributed, cli, train
-test_distributed.without_dropout()
+test_distributed.adapt_recipes()
 cli.run(train.main)
 """
 WRITES_FROM_THE_FIRST_ALONE = """
@@ -57,9 +57,11 @@ def rows(folder):
     return [{key: value for key, value in row.items() if key not in times} for row in history["epochs"]]
 
 
-def without_dropout():
-    published = recipes.RECIPES["published"]
+def adapt_recipes():
+    """Without dropout, whose draws no two processes share; and images left out, whose losses each has a part of."""
+    published, best = recipes.RECIPES["published"], recipes.RECIPES["best"]
     published["cnn"] = published["cnn"]._replace(dropout=0.0)
+    best["mlp"] = best["mlp"]._replace(prune=0.5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
@@ -91,14 +93,14 @@ def test_augmentation_does_not_depend_on_who_does_it(sample):
     [
         (["--model", "cnn"], 1e-3),
         (["--model", "mlp", "--batch-size", "919"], 1e-4),  # of 920: the last batch leaves a process without an image
-        (["--model", "mlp", "--recipe", "best", "--precision", "float32"], 1e-2),  # augmented; Muon amplifies rounding
+        (["--model", "mlp", "--recipe", "best", "--precision", "float32"], 1e-2),  # Muon amplifies rounding
     ],
-    ids=["cnn", "an image left over", "augmented"],
+    ids=["cnn", "an image left over", "augmented and pruned"],
 )
 def test_one_and_two_processes_agree_in_their_curves(tmp_path, flags, tolerance):
     flags += ["--epochs", 3, "--data-dir", SAMPLE]
-    alone = start_training(tmp_path / "1.log", *flags, "--checkpoint-dir", tmp_path / "1", before=without_dropout)
-    two = run(2, tmp_path / "2", *flags, code=WITHOUT_DROPOUT)
+    alone = start_training(tmp_path / "1.log", *flags, "--checkpoint-dir", tmp_path / "1", before=adapt_recipes)
+    two = run(2, tmp_path / "2", *flags, code=ADAPTED)
     alone.join()
     one = rows(tmp_path / "1")
     assert one != two  # else there were not two

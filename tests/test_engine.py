@@ -16,7 +16,7 @@ import recipes
 
 EVERYTHING = {
     "optimizer": "muon", "lr": 1e-2, "muon_lr": 0.05, "weight_decay": 0.01, "warmup": 0.3, "label_smoothing": 0.1,
-    "flip": True, "shift": 1, "erase": 8, "dropout": 0.1,
+    "flip": True, "shift": 1, "erase": 8, "dropout": 0.1, "prune": 0.5,
 }  # fmt: skip
 
 
@@ -61,6 +61,33 @@ def test_a_residual_network_learns_and_goes_on_to_the_same_bits(sample, fused):
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     logits = engine.predict_logits(resumed.model, sample["val"])
     assert engine.loss_and_accuracy(logits, sample["val"].labels)[1] > 0.5
+
+
+def test_easy_images_are_left_out_and_the_others_count_for_them():
+    losses = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 4  # 0.2 in the mean, most of them below
+    easy = losses < losses.mean()
+    weights = engine.prune(losses, 0.75, seed=1)
+    assert (weights[~easy] == 1).all()
+    assert set(weights[easy].tolist()) == {0, 4}
+    assert weights[easy].mean() == pytest.approx(1, abs=0.06)
+    assert not torch.equal(weights, engine.prune(losses, 0.75, seed=2))
+    assert (engine.prune(losses, 0.0, seed=0) == 1).all()
+    assert (engine.prune(torch.full((3,), torch.inf), 0.5, seed=0) == 1).all()  # of images not seen so far
+
+
+def test_a_run_leaves_images_out_but_in_its_first_epoch_and_its_last(sample):
+    torch.manual_seed(0)
+    recipe = recipes.find("published", "cnn")._replace(epochs=8, batch_size=32, prune=0.5)
+    training = engine.Training(models.build("cnn"), sample["train"], None, recipe, seed=0)
+    n, trained, told = len(sample["train"].labels), [], []
+    for row in training.run(progress=lambda images, *_: told.append(images)):
+        trained.append(round(row["images_per_second"] * row["seconds"]))
+        assert sum(told) == n * row["epoch"]
+    assert trained[0] == trained[7] == n
+    assert all(0.5 * n < images < 0.8 * n for images in trained[1:7])
+    logits = engine.predict_logits(training.model, sample["train"])
+    losses = torch.nn.functional.cross_entropy(logits, sample["train"].labels, reduction="none")
+    assert np.corrcoef(losses.argsort().argsort(), training.image_losses.argsort().argsort())[0, 1] > 0.8
 
 
 def test_the_reported_training_figures_are_those_of_the_steps(sample):
