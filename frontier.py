@@ -81,13 +81,17 @@ def collect(folder):
 
 
 def describe(key, runs):
-    """The row of some runs that differ in their seed alone: plain values, fit for JSON."""
+    """The row of some runs that differ in their seed alone: plain values, fit for JSON.
+
+    Its seconds are the median of those that had the most cores, as several trained at once have one each.
+    """
     from scipy.stats import t
 
     import models
 
     model, recipe, select, epochs, teachers = key
     accuracies = [run["test"]["accuracy"] for run in runs]
+    cores = max(run["threads"] for run in runs)
     network = models.build(model)
     row = {
         "model": model,
@@ -97,7 +101,8 @@ def describe(key, runs):
         "epochs": epochs,
         "seeds": sorted(run["seed"] for run in runs),
         "accuracy": mean(accuracies),
-        "seconds": median(sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs),
+        "seconds": median(sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs if run["threads"] == cores),
+        "cores": cores,
         "precision": runs[0]["flags"].get("precision", "float32"),
         "parameters": models.count_parameters(network),
         "mflop": models.count_flop(network) / 1e6,
@@ -139,7 +144,8 @@ def markdown(rows):
         published = PUBLISHED.get(row["model"], "") if row["recipe"] == "published" and row["select"] == "test" else ""
         lines.append(
             f"| {row['model']} | {row['recipe']}, {row['epochs']} epochs | {CHOSEN[row['select']]} | {published} "
-            f"| {told} of {len(row['seeds'])} | {interval} | {duration(row['seconds'])}, {row['precision']} "
+            f"| {told} of {len(row['seeds'])} | {interval} "
+            f"| {duration(row['seconds'])}, {row['precision']}{', one core' if row['cores'] == 1 else ''} "
             f"| `{row['command']}` |"
         )
     return "\n".join(lines) + "\n"

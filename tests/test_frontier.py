@@ -15,10 +15,10 @@ import frontier
 def runs(trained, tmp_path):
     """Three runs of the MLP of made-up accuracies, one of the CNN, and one that has not finished."""
     for name, model, changes in (
-        ("mlp-0", "mlp", {"seed": 0, "test": {"accuracy": 0.80}}),
-        ("mlp-1", "mlp", {"seed": 1, "test": {"accuracy": 0.83}}),
-        ("mlp-2", "mlp", {"seed": 2, "test": {"accuracy": 0.82}}),
-        ("cnn-0", "cnn", {}),
+        ("mlp-0", "mlp", {"seed": 0, "test": {"accuracy": 0.80}, "threads": 2, "epochs": [{"seconds": 30.0}] * 3}),
+        ("mlp-1", "mlp", {"seed": 1, "test": {"accuracy": 0.83}, "threads": 1, "epochs": [{"seconds": 50.0}] * 3}),
+        ("mlp-2", "mlp", {"seed": 2, "test": {"accuracy": 0.82}, "threads": 2, "epochs": [{"seconds": 28.0}] * 3}),
+        ("cnn-0", "cnn", {"threads": 1}),
         ("cnn-1", "cnn", {"seed": 1, "status": "interrupted", "test": None}),
     ):
         (tmp_path / name).mkdir()
@@ -38,14 +38,16 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
     assert mlp["ci95"] == pytest.approx(t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5))
     assert (mlp["parameters"], mlp["mflop"], mlp["command"]) == (101_770, 0.203264, "--model mlp --epochs 3")
     assert (cnn["seeds"], "sd" in cnn) == ([0], False)
+    assert (mlp["seconds"], mlp["cores"], cnn["cores"]) == (87, 2, 1)
     assert "| **81.67 ± 1.53%** of 3 |" in finished.stdout
+    assert "| 1.4 min, float32 |" in finished.stdout and "float32, one core |" in finished.stdout
     assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_command_repeats_its_row():
     assert frontier.command("cnn", "published", "test", 15, ()) == "--model cnn --select test"
     assert frontier.command("cnn", "best", "last", 100, ()) == "--model cnn --recipe best"
-    assert frontier.command("resnet", "best", "last", 36, ()) == "--model resnet"
+    assert frontier.command("resnet", "best", "last", 64, ()) == "--model resnet"
     taught = frontier.command("mlp", "distilled", "last", 900, ("a/best_cnn_fmnist.pt", "b.pt"))
     assert taught == "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
 
