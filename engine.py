@@ -290,7 +290,7 @@ class Training:
             self._weigh(self.image_weights.copy_(weights))
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
-        in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps
+        in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
         if not (in_the_run and np.isfinite([self.loss, self.seconds]).all()):
             raise ValueError("its place lies outside of the run")
 
