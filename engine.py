@@ -263,7 +263,7 @@ class Training:
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "scaler": self.scaler and self.scaler.state_dict(),
-            **({"images": (self.image_losses, self.image_weights)} if self.recipe.prune else {}),
+            "images": [self.image_losses, self.image_weights] if self.recipe.prune else None,
             **{key: getattr(self, key) for key in COUNTERS},
         }
 

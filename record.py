@@ -22,7 +22,7 @@ import checkpoint
 import recipes
 from data import UserError
 
-FORMAT = "fmnist-unfinished-1"
+FORMAT = "fmnist-unfinished-2"
 ENVIRONMENT = ("device", "processes", "threads", "kernels", "versions", "git")  # what else the last bits hang on
 STATE = {  # what Record.save writes, the history being its JSON
     "format": str,
@@ -58,7 +58,8 @@ STATE = {  # what Record.save writes, the history being its JSON
         "scaler": dict | None,
         "epoch": int,
         "step": int,
-        "correct": int,
+        "images": list | None,
+        "correct": float,
         "loss": float,
         "seconds": float,
     },

@@ -292,3 +292,22 @@ def test_nothing_is_written_outside_the_clone(tmp_path):
         )  # fmt: skip
     assert list(home.iterdir()) == []
     assert data.load("test", data_dir=clone / "tests" / "sample")[0].source == "sample"
+
+
+def test_a_run_that_leaves_images_out_goes_on_to_the_same_bits(tmp_path):
+    flags = ["--epochs", 3, "--batch-size", 16]
+    assert train(tmp_path / "whole", *flags, model="resnet").returncode == 0
+    stopped = run_script(
+        "train.py", "--model", "resnet", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path / "cut", *flags,
+        before=stop_in_the_second_epoch,
+    )  # fmt: skip
+    assert stopped.returncode == 143, stopped.stderr
+    resumed = train(tmp_path / "cut", "--resume", model="resnet")
+    assert "resumed in epoch 2, after step 25 of" in resumed.stdout
+    whole, cut = ((tmp_path / folder / "best_resnet_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
+    assert whole == cut
+
+
+def stop_in_the_second_epoch():
+    count = engine.Training._count
+    engine.Training._count = lambda training, *arguments: count(training, *arguments) or training.epoch == 2
