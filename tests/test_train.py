@@ -26,8 +26,9 @@ import recipes
 from record import history_of
 
 
-def train(folder, *arguments, model="mlp"):
-    return run_script("train.py", "--model", model, "--data-dir", SAMPLE, "--checkpoint-dir", folder, *arguments)
+def train(folder, *arguments, model="mlp", before=None):
+    flags = ["--model", model, "--data-dir", SAMPLE, "--checkpoint-dir", folder]
+    return run_script("train.py", *flags, *arguments, before=before)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
@@ -297,10 +298,7 @@ def test_nothing_is_written_outside_the_clone(tmp_path):
 def test_a_run_that_leaves_images_out_goes_on_to_the_same_bits(tmp_path):
     flags = ["--epochs", 3, "--batch-size", 16]
     assert train(tmp_path / "whole", *flags, model="resnet").returncode == 0
-    stopped = run_script(
-        "train.py", "--model", "resnet", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path / "cut", *flags,
-        before=stop_in_the_second_epoch,
-    )  # fmt: skip
+    stopped = train(tmp_path / "cut", *flags, model="resnet", before=stop_in_the_second_epoch)
     assert stopped.returncode == 143, stopped.stderr
     resumed = train(tmp_path / "cut", "--resume", model="resnet")
     assert "resumed in epoch 2, after step 25 of" in resumed.stdout
