@@ -57,8 +57,7 @@ def test_the_published_runs_are_of_the_published_protocol(model, select):
 )
 def test_the_other_runs_are_of_the_recipes_as_they_are(model, recipe, seeds, limit):
     expected = recipes.find(recipe, model)
-    resnet, *_ = runs(SHIPPED["resnet"].removesuffix("-0"))
-    teacher = EARLIER_RESNET if model == "mlp" else resnet["checkpoint_sha256"]
+    teacher = EARLIER_RESNET if model == "mlp" else shipped_run("resnet")["checkpoint_sha256"]
     assert len(runs(f"{model}-{recipe}")) == seeds
     for seed, run in enumerate(runs(f"{model}-{recipe}")):
         assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", "Fashion-MNIST")
@@ -78,10 +77,14 @@ def test_the_speed_section_is_that_of_the_benchmark():
         assert part in README
 
 
+def shipped_run(model):
+    return json.loads((ROOT / f"runs/{SHIPPED[model]}/best_{model}_fmnist.json").read_text())
+
+
 def shipped(model):
     """The shipped checkpoint and its run in the table; skips where the user has trained a checkpoint of their own."""
     path = ROOT / "checkpoints" / f"best_{model}_fmnist.pt"
-    run = json.loads((ROOT / f"runs/{SHIPPED[model]}/best_{model}_fmnist.json").read_text())
+    run = shipped_run(model)
     is_shipped = hashlib.sha256(path.read_bytes()).hexdigest() == run["checkpoint_sha256"]
     if not is_shipped and "CI" not in os.environ:
         pytest.skip(f"{path.name} has been trained anew here")
