@@ -8,6 +8,7 @@ needs pip install -r requirements-optional.txt. No picture leaves this machine, 
 
 import importlib.util
 import os
+import socket
 from pathlib import Path
 
 import cli
@@ -44,27 +45,27 @@ def main(argv=None):
 
     if not importlib.util.find_spec("gradio"):
         raise UserError("this needs gradio: pip install -r requirements-optional.txt")
+    host = args.host.strip("[]")
+    try:
+        socket.create_server((host, args.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(f"{error.strerror}: choose another --port or --host") from None
+    page = build(args)
     import gradio
 
-    page = build(args)
     print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
-    try:
-        page.launch(
-            server_name=args.host,
-            server_port=args.port,
-            quiet=True,
-            footer_links=[],
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        )
-    except OSError as error:
-        raise UserError(f"{error}: choose another --port") from None
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        quiet=True,
+        footer_links=[],
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
     return 0
 
 
 def build(args):
     """The page, with all that answers it."""
-    import gradio
-
     import checkpoint
     import data
     import engine
@@ -79,6 +80,7 @@ def build(args):
     train, test = data.load("train+val", "test", data_dir=args.data_dir)
     print("the training images' features, for those nearest to a picture …", flush=True)
     references = explain.features(loaded[0][1], train.to(device))[1]
+    import gradio  # which takes seconds: after all that a user may have got wrong
 
     def answer(source):
         if source is None or (isinstance(source, dict) and source["composite"] is None):
