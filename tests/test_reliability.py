@@ -28,9 +28,9 @@ EPOCHS = {  # of runs that take about a second
     ("mlp", "published"): 12,
     ("cnn", "published"): 3,
     ("mlp", "fast"): 6,
-    ("cnn", "fast"): 3,
+    ("cnn", "fast"): 2,
     ("mlp", "best"): 6,
-    ("cnn", "best"): 3,
+    ("cnn", "best"): 2,
 }
 ALWAYS = ("--save-every", "0.001")  # which is every 25 steps: several times an epoch
 CNN, MLP = ("cnn", "published"), ("mlp", "published")

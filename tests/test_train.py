@@ -296,16 +296,21 @@ def test_nothing_is_written_outside_the_clone(tmp_path):
 
 
 def test_a_run_that_leaves_images_out_goes_on_to_the_same_bits(tmp_path):
-    flags = ["--epochs", 3, "--batch-size", 16]
-    assert train(tmp_path / "whole", *flags, model="resnet").returncode == 0
-    stopped = train(tmp_path / "cut", *flags, model="resnet", before=stop_in_the_second_epoch)
+    flags = ["--recipe", "best", "--epochs", 3, "--batch-size", 16]
+    assert train(tmp_path / "whole", *flags, before=leave_out).returncode == 0
+    stopped = train(tmp_path / "cut", *flags, before=stop_in_the_second_epoch)
     assert stopped.returncode == 143, stopped.stderr
-    resumed = train(tmp_path / "cut", "--resume", model="resnet")
+    resumed = train(tmp_path / "cut", "--resume", before=leave_out)
     assert "resumed in epoch 2, after step 25 of" in resumed.stdout
-    whole, cut = ((tmp_path / folder / "best_resnet_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
+    whole, cut = ((tmp_path / folder / "best_mlp_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
     assert whole == cut
 
 
+def leave_out():
+    recipes.RECIPES["best"]["mlp"] = recipes.find("best", "mlp")._replace(prune=0.5)
+
+
 def stop_in_the_second_epoch():
+    leave_out()
     count = engine.Training._count
     engine.Training._count = lambda training, *arguments: count(training, *arguments) or training.epoch == 2
