@@ -91,7 +91,7 @@ def describe(key, runs):
 
     model, recipe, select, epochs, teachers = key
     accuracies = [run["test"]["accuracy"] for run in runs]
-    cores = max(run["threads"] for run in runs)
+    cores = max(map(cores_of, runs))
     network = models.build(model)
     row = {
         "model": model,
@@ -101,7 +101,7 @@ def describe(key, runs):
         "epochs": epochs,
         "seeds": sorted(run["seed"] for run in runs),
         "accuracy": mean(accuracies),
-        "seconds": median(sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs if run["threads"] == cores),
+        "seconds": median(sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs if cores_of(run) == cores),
         "cores": cores,
         "precision": runs[0]["flags"].get("precision", "float32"),
         "parameters": models.count_parameters(network),
@@ -112,6 +112,11 @@ def describe(key, runs):
         half = float(t.ppf(0.975, len(runs) - 1)) * stdev(accuracies) / len(runs) ** 0.5
         row |= {"sd": stdev(accuracies), "ci95": [row["accuracy"] - half, row["accuracy"] + half]}  # of the mean
     return row
+
+
+def cores_of(run):
+    """The most threads that a run had, as it may have been resumed with more or fewer."""
+    return max(run["threads"], *(resumed.get("threads", 0) for resumed in run.get("resumed", [])), 0)
 
 
 def command(model, recipe, select, epochs, teachers):

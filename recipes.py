@@ -69,7 +69,7 @@ RECIPES = {
         ),
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,
-            flip=True, shift=1, distillation=0.5, prune=0.5, select="last", precision="auto", fused=True,
+            flip=True, shift=1, distillation=0.5, select="last", precision="auto", fused=True,
         ),
     },
 }  # fmt: skip
