@@ -8,7 +8,6 @@ needs pip install -r requirements-optional.txt. No picture leaves this machine, 
 
 import importlib.util
 import os
-import socket
 from pathlib import Path
 
 import cli
@@ -45,22 +44,20 @@ def main(argv=None):
 
     if not importlib.util.find_spec("gradio"):
         raise UserError("this needs gradio: pip install -r requirements-optional.txt")
-    host = args.host.strip("[]")
-    try:
-        socket.create_server((host, args.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise UserError(f"{error.strerror}: choose another --port or --host") from None
     page = build(args)
     import gradio
 
     print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
-    page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        quiet=True,
-        footer_links=[],
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            quiet=True,
+            footer_links=[],
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise UserError(f"{error}: choose another --port") from None
     return 0
 
 
