@@ -116,7 +116,7 @@ def describe(key, runs):
 
 def cores_of(run):
     """The most threads that a run had, as it may have been resumed with more or fewer."""
-    return max(run["threads"], *(resumed.get("threads", 0) for resumed in run.get("resumed", [])), 0)
+    return max(part.get("threads", 0) for part in (run, *run.get("resumed", [])))
 
 
 def command(model, recipe, select, epochs, teachers):
