@@ -57,8 +57,8 @@ RECIPES = {
             flip=True, shift=1, select="last", precision="auto", fused=True,
         ),
         "resnet": Recipe(
-            epochs=50, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, label_smoothing=0.1,
-            flip=True, shift=2, erase=12, prune=0.5, select="last", precision="auto",
+            epochs=65, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, label_smoothing=0.1,
+            flip=True, shift=2, erase=12, prune=0.7, select="last", precision="auto",
         ),
     },
     # The same networks taught by others: --teacher.

@@ -48,7 +48,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
 def test_a_command_repeats_its_row():
     assert frontier.command("cnn", "published", "test", 15, ()) == "--model cnn --select test"
     assert frontier.command("cnn", "best", "last", 100, ()) == "--model cnn --recipe best"
-    assert frontier.command("resnet", "best", "last", 50, ()) == "--model resnet"
+    assert frontier.command("resnet", "best", "last", 65, ()) == "--model resnet"
     taught = frontier.command("mlp", "distilled", "last", 900, ("a/best_cnn_fmnist.pt", "b.pt"))
     assert taught == "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
 

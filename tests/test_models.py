@@ -9,7 +9,7 @@ import data
 import models
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("mlp", 101_770), ("cnn", 421_642), ("resnet", 1_092_826)])
+@pytest.mark.parametrize(("name", "parameters"), [("mlp", 101_770), ("cnn", 421_642), ("resnet", 1_940_938)])
 def test_parameters_are_as_told(name, parameters):
     model = models.build(name)
     assert models.count_parameters(model) == parameters
@@ -58,9 +58,9 @@ def test_flop_are_counted(name):
         "mlp": [(1, 784, 128, 1), (1, 128, 10, 1)],
         "cnn": [(9, 1, 32, 784), (9, 32, 64, 196), (1, 3136, 128, 1), (1, 128, 10, 1)],
         "resnet": [
-            *[(9, 1, 24, 784), (9, 24, 48, 784), (9, 48, 48, 196), (9, 48, 48, 196)],
-            *[(9, 48, 96, 196), (9, 96, 96, 49), (9, 96, 96, 49)],
-            *[(9, 96, 192, 49), (9, 192, 192, 9), (9, 192, 192, 9), (1, 192, 10, 1)],
+            *[(9, 1, 32, 784), (9, 32, 64, 784), (9, 64, 64, 196), (9, 64, 64, 196)],
+            *[(9, 64, 128, 196), (9, 128, 128, 49), (9, 128, 128, 49)],
+            *[(9, 128, 256, 49), (9, 256, 256, 9), (9, 256, 256, 9), (1, 256, 10, 1)],
         ],
     }
     assert models.count_flop(models.build(name)) == sum(2 * a * b * c * d for a, b, c, d in macs[name])
