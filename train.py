@@ -3,7 +3,7 @@
 python train.py --model cnn                 # 55,000 images, best epoch chosen on 5,000 validation images
 python train.py --model cnn --select test   # the published protocol: all 60,000, best epoch on the test set
 python train.py --model cnn --recipe best   # or fast: the same network, trained as recipes.py says
-python train.py --model resnet              # a deeper network: 28 minutes, or hours without bfloat16
+python train.py --model resnet              # a deeper network: half an hour, or hours without bfloat16
 python train.py --model cnn --recipe distilled --teacher T.pt   # with what another network has learned
 python train.py --model cnn --resume        # go on with a run that was cut off, to the same bits
 torchrun --nproc-per-node=2 --max-restarts=3 train.py --model cnn   # in two processes, resumed when one fails
@@ -41,8 +41,8 @@ def parse_args(argv=None):
         "--recipe",
         choices=("published", "fast", "best", "distilled"),
         help="how to train, a row of recipes.py: as published (default of mlp and cnn), in the least time to the "
-        "published accuracy (fast), to the highest accuracy (best, default of resnet: half an hour, or hours "
-        "of resnet where the processor has no bfloat16), or from the answers of a --teacher (distilled)",
+        "published accuracy (fast), to the highest accuracy (best, default of resnet: minutes, or half an "
+        "hour of resnet, hours where the processor has no bfloat16), or from the answers of a --teacher (distilled)",
     )
     parser.add_argument(
         "--teacher",
