@@ -155,12 +155,13 @@ def share(n, rank, world):
     return slice(n * rank // world, n * (rank + 1) // world)
 
 
-def augment(images, *, flip=False, shift=0, erase=0, n=None, part=slice(None)):
+def augment(images, *, flip=False, shift=0, still=0.0, erase=0, n=None, part=slice(None)):
     """Alter each image uint8 (b, 28, 28) in its own way, drawn from the default generator of its device.
 
-    flip mirrors half of them; shift moves them by up to so many pixels along both axes, black coming in; erase
-    blackens a square of so many pixels a side around any pixel, cut off at the border (cutout: DeVries and Taylor
-    2017, arXiv:1708.04552). Where the images are a part of a batch of n, what is drawn is what the whole would get.
+    flip mirrors half of them; shift moves them by up to so many pixels along both axes, black coming in, but for the
+    share still of them; erase blackens a square of so many pixels a side around any pixel, cut off at the border
+    (cutout: DeVries and Taylor 2017, arXiv:1708.04552). Where the images are a part of a batch of n, what is drawn is
+    what the whole would get.
     """
     n, size, device = n or len(images), images.shape[-1], images.device
     if flip:
@@ -168,7 +169,10 @@ def augment(images, *, flip=False, shift=0, erase=0, n=None, part=slice(None)):
         images = torch.where(chosen, images.flip(2), images)
     if shift:
         windows = F.pad(images, (shift,) * 4).unfold(1, size, 1).unfold(2, size, 1)  # every position, without a copy
-        down, right = torch.randint(2 * shift + 1, (2, n), device=device)[:, part]
+        places = torch.randint(2 * shift + 1, (2, n), device=device)
+        if still:
+            places = torch.where(torch.rand(n, device=device) < still, shift, places)
+        down, right = places[:, part]
         images = windows[torch.arange(len(images), device=device), down, right]
     if erase:
         place = torch.arange(size, device=device)

@@ -213,8 +213,8 @@ class Training:
         reseed(seed)
         part = share(batch, rank, world)
         labels = self.train.labels.index_select(0, index)
-        images = augment(images, flip=recipe.flip, shift=recipe.shift, erase=recipe.erase, n=batch, part=part)
-        images = normalise(images, self.precision)
+        alterations = {name: getattr(recipe, name) for name in ("flip", "shift", "still", "erase")}
+        images = normalise(augment(images, **alterations, n=batch, part=part), self.precision)
         if rank:
             reseed(own_seed)  # other images, other dropout
         done = (self.epoch - 1) * self.steps + self.step

@@ -20,6 +20,7 @@ class Recipe(NamedTuple):
     label_smoothing: float = 0.0
     flip: bool = False  # mirror half of the images, others each epoch
     shift: int = 0  # move by up to so many pixels, up or down and left or right
+    still: float = 0.0  # share of the images that are not moved
     erase: int = 0  # blacken a square of so many pixels a side
     prune: float = 0.0  # leave out, anew in each epoch, this share of the images with less than the mean loss
     distillation: float = 0.0  # share of the loss that is the distance from the teachers' answers
@@ -64,8 +65,8 @@ RECIPES = {
     # The same networks taught by others: --teacher.
     "distilled": {
         "mlp": Recipe(
-            epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, warmup=0.3,
-            flip=True, shift=1, distillation=0.5, select="last", precision="auto", fused=True,
+            epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, weight_decay=0.05, warmup=0.3,
+            flip=True, shift=1, still=0.3, distillation=0.5, select="last", precision="auto", fused=True,
         ),
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,

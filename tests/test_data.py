@@ -369,6 +369,8 @@ def test_augmentation_mirrors_moves_and_erases_as_asked(sample):
     offsets = [(frame[:, i : i + 28, j : j + 28] == moved).all((1, 2)) for i in range(5) for j in range(5)]
     assert torch.stack(offsets).any(0).all()  # each image is itself, moved by up to two pixels
     assert sum(offset.any() for offset in offsets) > 20  # by nearly every offset, image by image
+    moved = data.augment(images, shift=2, still=0.5)
+    assert 90 < (moved == images).all((1, 2)).sum() < 140  # half of them, and by chance some of the others
 
     white = torch.full((500, 28, 28), 255, dtype=torch.uint8)
     black = (data.augment(white, erase=6) == 0).sum((1, 2))
