@@ -1,31 +1,31 @@
 """Checkpoints: written whole or not at all, and loaded without running anything they contain.
 
-checkpoint.save("best.pt", model, epoch=3, ...)
+checkpoint.save("best.pt", model, name="cnn", epoch=3, ...)
 model, info = checkpoint.load("best.pt")
 """
 
-import functools
-import hashlib
-import importlib.metadata
 import io
-import json
-import os
 import pickletools
-import platform
 import re
-import subprocess
 import sys
 import warnings
 import zipfile
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from torch import nn
 
 import models
-from data import CLASSES, MEAN, STD, UserError
+from data import CLASSES, MEAN, STD, DataError, Split
+from recipes import FLAGS, upgrade
+from runtime import device
+from runtime.errors import UserError
+from runtime.files import write_atomically
+from runtime.sources import check_classes as check_names
 
 FORMAT = "fmnist-checkpoint-1"
-FIELDS = {
+FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of which types
     "model": str,
     "weights": dict,
     "classes": list,
@@ -40,7 +40,7 @@ FIELDS = {
     "git": str | None,
 }
 MAX_BYTES = 2**28  # of a file; those of these models have a hundredth
-MAX_PICKLE = 2**17  # of the part that is no tensor
+MAX_PICKLE = 2**17  # bytes of the part that is no tensor
 ALLOWED = re.compile(  # what the pickle of a state_dict names
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )
@@ -51,47 +51,39 @@ class CheckpointError(UserError):
     """A file that is no usable checkpoint."""
 
 
-def save(path, model, **details):
-    """Write a checkpoint atomically, of the details that serialise takes. Returns the SHA-256 of the file."""
+def save(path: str | Path, model: nn.Module, **details: Any) -> str:
+    """Write a checkpoint atomically, with the details that serialise takes. Returns the SHA-256 of the file."""
     return write_atomically(path, serialise(model, **details))
 
 
-def serialise(model, *, name, epoch, metrics, flags, seed, data):
-    """The bytes of a checkpoint: the same for the same run, so nothing here depends on the clock.
+def serialise(
+    model: nn.Module, *, name: str, epoch: int, metrics: dict[str, float], flags: dict[str, Any], seed: int, data: str,
+    classes: tuple[str, ...] = CLASSES,
+) -> bytes:  # fmt: skip
+    """Return the bytes of a checkpoint: the same for the same run, so nothing here depends on the clock.
 
-    metrics: dict of floats of that epoch; flags: dict of the flags that shape the training; data: the name of
-    the data set.
+    metrics: figures of that epoch; flags: those that shape the training; data: the name of the data set.
     """
-    content = {
-        "format": FORMAT,
-        "model": name,
-        "weights": {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
-        "classes": list(CLASSES),
-        "mean": MEAN,
-        "std": STD,
-        "epoch": epoch,
-        "metrics": metrics,
-        "flags": flags,
-        "seed": seed,
-        "data": data,
-        "versions": versions(),
-        "git": git_revision(),
-    }
-    return to_bytes(content)
+    values = [
+        name,
+        {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
+        *(list(classes), MEAN, STD, epoch, metrics, flags, seed, data, device.versions(), device.git_revision()),
+    ]
+    return to_bytes({"format": FORMAT, **dict(zip(FIELDS, values, strict=True))})
 
 
-def to_bytes(content):
-    """What torch.save writes: a zip archive that holds a CRC-32 of each of its parts."""
+def to_bytes(content: Any) -> bytes:
+    """Return what torch.save writes: a zip archive that holds a CRC-32 of each of its parts."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
-def load(path):
-    """The model of a checkpoint, in evaluation mode on the CPU, and a dict of what the checkpoint says of it.
+def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the model of a checkpoint, in evaluation mode on the CPU, and a dict of what the checkpoint says of it.
 
-    A bare state_dict of a known architecture is taken too, its tensors matched by name or else by order and
-    shape, and that is told on stderr; its dict then holds only "model".
+    A bare state_dict of a known architecture is accepted too. Its tensors are matched by name, or else by order and
+    shape; stderr says so. Its dict holds "model" and "classes" alone.
     Raises CheckpointError when the file is missing, damaged, foreign, or holds more than plain weights.
     """
     path = Path(path)
@@ -102,7 +94,7 @@ def load(path):
         info = {key: content[key] for key in FIELDS if key != "weights"}
     else:
         name, weights = _adopt(path, content)
-        info = {"model": name}
+        info = {"model": name, "classes": list(CLASSES)}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise CheckpointError(f"{path}: holds weights that are not finite numbers")
     model = models.build(name)
@@ -110,58 +102,34 @@ def load(path):
     return model.eval(), info
 
 
-def write_atomically(path, content):
-    """Write bytes so that after a crash at any moment the path holds the old file or the new one, whole.
+def check_classes(path: str | Path, info: dict[str, Any], split: Split) -> None:
+    """Raise CheckpointError where a checkpoint and a split have other class names. A bare state_dict has none."""
+    if "flags" in info and list(info["classes"]) != list(split.classes):
+        theirs, ours = (", ".join(names) for names in (info["classes"], split.classes))
+        raise CheckpointError(f"{path}: trained for the classes {theirs}; those of {split.source} are {ours}")
 
-    Returns the SHA-256 of the content.
+
+def caution(info: dict[str, Any], split: Split) -> tuple[str, str] | None:
+    """Say what keeps a split from being new to a checkpoint, as (kind, sentence), or None.
+
+    Kinds: "unknown", "other data", "trained" (on these images), "teacher" (chosen on them), "chosen" (on them).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    return hashlib.sha256(content).hexdigest()
+    if "flags" not in info:
+        return "unknown", "how it was trained is not known, nor whether these images played a part"
+    if info["data"] != split.source:
+        return "other data", f"trained on {info['data']}, measured on {split.source}"
+    flags = upgrade(info["flags"])
+    if split.name == "train" or (split.name == "val" and flags["select"] in ("test", "last")):
+        return "trained", "trained on these very images"
+    if any(teacher["select"] == split.name for teacher in flags["teachers"]):
+        return "teacher", "a teacher's best epoch was chosen on these very images, which flatters it"
+    if split.name == flags["select"]:
+        return "chosen", "its best epoch was chosen on these very images, which flatters it"
+    return None
 
 
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def write_json(path, content):
-    """Write readable JSON atomically; numbers in full, NaN refused."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
-
-
-def versions():
-    """Versions of what shapes a run's numbers."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in ("torch", "numpy")
-    }
-
-
-@functools.cache  # the code that runs is the code that was loaded, and a save need not ask again
-def git_revision():
-    """Commit of this clone, with "+changes" when a source file differs from it; None outside a clone."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        code = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.c"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if head.returncode else head.stdout.strip() + "+changes" * code.returncode
-
-
-def read(path):
-    """Content of a file of torch.save, checked for damage, with nothing in it executed.
+def read(path: str | Path) -> Any:
+    """Read a file of torch.save, checked for damage, with nothing in it executed.
 
     Raises CheckpointError when the file is missing, damaged, or holds more than tensors and plain values.
     """
@@ -187,15 +155,15 @@ def read(path):
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
 
 
-def from_bytes(content):
-    """What to_bytes was given."""
+def from_bytes(content: bytes) -> Any:
+    """Return what to_bytes was given."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _checked_pickles(path, content):
-    """Streams of the pickles in a zip archive, once all of it has proved undamaged."""
+def _checked_pickles(path: Path, content: bytes) -> list[IO[bytes]]:
+    """Check a zip archive for damage, and return streams of the pickles in it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -210,15 +178,15 @@ def _checked_pickles(path, content):
         return [io.BytesIO(archive.read(member)) for member in pickles]
 
 
-def _check_pickle(path, stream):
-    """Refuse what a state_dict does not need. torch.load runs no code, but has functions that fill the memory."""
+def _check_pickle(path: Path, stream: IO[bytes]) -> None:
+    """Refuse what a state_dict does not need. torch.load runs no code, but knows functions that fill the memory."""
     for operation, argument, _ in pickletools.genops(stream):
-        if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not ALLOWED.fullmatch(argument)):
+        if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not ALLOWED.fullmatch(str(argument))):
             raise CheckpointError(f"{path}: holds Python objects, not only weights: refused, nothing was run")
 
 
-def _check(path, content):
-    """Model name and weights of a checkpoint of ours, every field looked at before it is believed."""
+def _check(path: Path, content: dict[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return model name and weights of a checkpoint of ours, once every field has been checked."""
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in {content['format'][:40]}, this version reads {FORMAT}")
     if missing := [key for key in FIELDS if key not in content]:
@@ -229,15 +197,32 @@ def _check(path, content):
     name = content["model"]
     if name not in models.MODELS:
         raise CheckpointError(f"{path}: holds a {name[:40]!r}; the models here are {', '.join(models.MODELS)}")
-    if [content["classes"], content["mean"], content["std"]] != [list(CLASSES), MEAN, STD]:
-        raise CheckpointError(f"{path}: trained for other classes or another normalisation")
+    if [content["mean"], content["std"]] != [MEAN, STD]:
+        raise CheckpointError(f"{path}: trained with another normalisation")
+    if any(not fits(value, FLAGS[key]) for key, value in content["flags"].items() if key in FLAGS):
+        raise CheckpointError(f"{path}: its flags are not what a checkpoint holds there")
+    try:
+        if list(check_names(content["classes"])) != content["classes"]:
+            raise DataError("its classes are not names")
+    except DataError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if not _is_state_dict(content["weights"]) or _shapes(content["weights"]) != _shapes(_empty(name)):
         raise CheckpointError(f"{path}: its weights do not have the shapes of {name}")
     return name, content["weights"]
 
 
-def _is_plain(value, depth=3):
-    """Whether a value, or all in a list or dict of them, can be told in a line."""
+def fits(value: Any, kind: Any) -> bool:
+    """Say whether a value is of a type, or a dict (a list) whose values (parts) are, with just these keys."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(part, kind[0]) for part in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) or (whole and isinstance(0.0, kind))  # 1 is as good as 1.0
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    """Say whether a value, or everything in a list or dict, can be printed in a line."""
     if isinstance(value, list | dict):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
@@ -246,8 +231,8 @@ def _is_plain(value, depth=3):
     return value is None or (isinstance(value, bool | int | float) and abs(value) < 2**63) or value != value
 
 
-def _adopt(path, content):
-    """Model name and renamed weights of someone else's state_dict."""
+def _adopt(path: Path, content: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """Match someone else's state_dict to a model: return the model's name and the renamed weights."""
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -273,7 +258,7 @@ def _adopt(path, content):
     raise CheckpointError(f"{path}: its tensors ({shapes or 'none'}) are not those of {' or '.join(models.MODELS)}")
 
 
-def _is_state_dict(content):
+def _is_state_dict(content: Any) -> bool:
     return isinstance(content, dict) and all(
         isinstance(key, str)
         and key.isprintable()
@@ -285,10 +270,10 @@ def _is_state_dict(content):
     )
 
 
-def _empty(name):
+def _empty(name: str) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         return models.build(name).state_dict()
 
 
-def _shapes(weights):
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in weights.items()}

@@ -1,116 +1,136 @@
-"""The loops and the metrics: training an epoch, predicting logits, and what they are worth.
+"""The loops: the loss, training by a recipe, and predicting logits.
+
+training = engine.Training(model, train, val, recipe, seed=0)
+for row in training.run():
+    print(row["epoch"], row["train_loss"], row["select_accuracy"])
+logits = engine.predict_logits(model, test)
 
 Nothing here knows of files or flags.
 """
 
 import contextlib
-import ctypes
-import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-import distributed
-from data import CLASSES, UserError, augment, batches, derive_seeds, normalise, share
-from optim import NATIVE_BFLOAT16, build_optimizers, rate, set_rates
+import metrics
+from data import CLASSES, Split, augment, batches, check_names, derive_seeds, normalise, share
+from optim import build_optimizers, rate, set_rates
+from recipes import Recipe
+from runtime import distributed
+from runtime.errors import UserError
 
-ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 EVALUATION_BATCH = 256  # as published
 VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1, -1))  # of test-time augmentation: the
-# image itself, and moved by a pixel to two opposite corners, and all three mirrored, as in cifar10-airbench
-MALLOPT = {  # of <malloc.h>: option, value in bytes
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_TOP_PAD": (-2, 2**28),
-    "M_MMAP_THRESHOLD": (-3, 2**30),
-}
-DEVICES = ("cpu", "cuda", "mps")
+# image, and moved by a pixel towards two opposite corners, and these three mirrored, as in cifar10-airbench
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
 COUNTERS = ("epoch", "step", "loss", "correct", "seconds")  # of a Training, kept in its state_dict
 PRUNED_EPOCHS = 0.875  # share of a run's epochs that may leave images out, as published with prune's method
 
 
 class TrainingError(UserError):
-    """The training cannot go on."""
+    """The training cannot continue."""
 
 
-def pick_device(name):
-    """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+# --- the loss: a function here, named by a row of recipes.py ---------------------------------------------
 
-    Of several processes on a machine each gets a GPU of its own.
-    Raises TrainingError when PyTorch does not know the device or this machine lacks it.
+
+class Loss(NamedTuple):
+    """A function that training minimises."""
+
+    title: str  # in curves and reports
+    compute: Callable[..., torch.Tensor]
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def loss(title: str) -> Callable:
+    """Register a function (logits float32 (b, 10), labels int64 (b,), recipe, reduction) -> the loss.
+
+    reduction is "mean" over the images, "sum", or "none" for each image's own loss, float32 (b,); see reduced().
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if name == "cuda" and processes > 1:
-        if processes > (gpus := torch.cuda.device_count()):
-            raise TrainingError(f"{processes} processes on this machine need as many GPUs; it has {gpus}")
-        name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-        if device.type not in DEVICES:
-            raise TrainingError(f"device {name!r} cannot be used: the kinds are {', '.join(DEVICES)}")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TrainingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        LOSSES[function.__name__] = Loss(title, function)
+        return function
+
+    return register
 
 
-def make_deterministic():
-    """Refuse operations whose result varies from run to run; of use on a GPU, the CPU's are repeatable already."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
+@loss("cross-entropy")
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: str) -> torch.Tensor:
+    """Compute the cross-entropy in nats, with the recipe's label smoothing."""
+    return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=reduction)
 
 
-def pick_precision(name, device):
-    """torch.dtype of "float32", "bfloat16", "float16" (on a GPU), or "auto": the fastest the device has.
+def reduced(losses: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Reduce the losses of the images, float32 (b,), to their "mean" or "sum", or leave them with "none"."""
+    return losses if reduction == "none" else getattr(losses, reduction)()
 
-    Raises TrainingError for float16 on a CPU, whose range it leaves, and for any other name.
+
+def find_loss(recipe: Recipe) -> Loss:
+    """Return the loss that a recipe names. Raises UserError where engine.py does not have it."""
+    if recipe.loss not in LOSSES:
+        raise UserError(f"recipes.py: loss {recipe.loss!r} is not in engine.py, which has {', '.join(LOSSES)}")
+    return LOSSES[recipe.loss]
+
+
+def loss_name(recipe: Recipe) -> str:
+    """Name the loss of a recipe for curves and reports."""
+    smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+    taught = f", {recipe.distillation:.0%} of it distillation" if recipe.distillation else ""
+    return find_loss(recipe).title + smoothing + taught
+
+
+def loss_of(
+    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, recipe: Recipe, reduction: str = "mean"
+) -> torch.Tensor:
+    """Compute the loss that a recipe minimises; teacher is its logits float32 (b, 10), or None.
+
+    Distillation as by Hinton et al. 2015, arXiv:1503.02531: both answers at a temperature, whose square keeps the size
+    of the gradients.
     """
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise TrainingError(f"{name!r} is no precision")
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        else:
-            name = "bfloat16" if device.type == "cpu" and NATIVE_BFLOAT16 else "float32"
-    if name == "float16" and device.type == "cpu":
-        raise TrainingError("--precision float16 needs a GPU; on a CPU there is bfloat16")
-    return getattr(torch, name)
+    hard = find_loss(recipe).compute(logits, labels, recipe, reduction)
+    if teacher is None:
+        return hard
+    part, t = recipe.distillation, recipe.temperature
+    own, theirs = ((each / t).log_softmax(1) for each in (logits, teacher))
+    distance = F.kl_div(own, theirs, log_target=True, reduction="none").sum(1) * t**2
+    return (1 - part) * hard + part * reduced(distance, reduction)
 
 
-def keep_freed_memory():
-    """Let the C library keep freed memory instead of returning it to the system, for one training in this process.
-
-    glibc returns every large tensor, and takes its pages anew in the next step, one page fault each: a twentieth of
-    the CNN's step. Other C libraries are left alone.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        for option, value in MALLOPT.values():
-            libc.mallopt(option, value)
+# --- training --------------------------------------------------------------------------------------------
 
 
 class Training:
-    """One run of a recipe, which can be saved whenever it tells its progress and then goes on to the same bits.
+    """One run of a recipe. It can be saved whenever it reports progress, and then resumes to the same bits.
 
-    Trains `model` on the split `train` and measures it after every epoch on the split `select`, where there is one.
-    Among several processes (distributed.py) each takes its share of every batch, and the figures are those of all.
-    teacher, where the recipe distils: logits for the training images, float32 (n, 10), of distill.answers.
-    epoch, counted from 1, is the one under way, and step how many of its `steps` are done; loss (a sum, in nats),
-    correct and seconds are this epoch's so far.
-    image_losses, float32 (n,), are those that the images last had, and image_weights, float32 (n,), what each counts
-    for in this epoch: 0 where it is left out.
+    It trains `model` on the split `train` and measures it after every epoch on the split `select`, if there is one.
+    Among several processes (runtime/distributed.py) each takes its share of every batch; the figures are those of all.
+    teacher, for a recipe that distils: logits for the training images, float32 (n, 10), of distill.answers.
+
+    epoch, counted from 1, is the current one; step counts those of its `steps` that are done. loss (a sum, in nats),
+    correct and seconds are those of this epoch so far. image_losses, float32 (n,), are the losses that the images last
+    had. image_weights, float32 (n,), are what each image counts for in this epoch: 0 where it is left out.
     """
 
-    def __init__(self, model, train, select, recipe, *, seed, precision=torch.float32, teacher=None):
+    def __init__(
+        self, model: nn.Module, train: Split, select: Split | None, recipe: Recipe, *, seed: int,
+        precision: torch.dtype = torch.float32, teacher: torch.Tensor | None = None,
+    ):  # fmt: skip
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
+            if isinstance(module, nn.Dropout) and recipe.dropout is not None:
                 module.p = recipe.dropout
         self.model, self.train, self.select, self.recipe = model, train, select, recipe
         self.seed, self.precision, self.teacher = seed, precision, teacher
+        find_loss(recipe)  # a misspelt name fails here and not in the first step
+        check_names(recipe.augment)
         self.optimizers = build_optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
@@ -118,66 +138,76 @@ class Training:
         self.epoch = 1
         self._begin_epoch()
 
-    def _begin_epoch(self):
+    def _begin_epoch(self) -> None:
         self.step = 0
         self.loss = self.correct = self.seconds = 0.0
         left_out = self.recipe.prune if self.epoch <= PRUNED_EPOCHS * self.recipe.epochs else 0.0
         self._weigh(prune(self.image_losses, left_out, derive_seeds(self.seed, 0, self.epoch)[0]))
 
-    def _weigh(self, weights):
+    def _weigh(self, weights: torch.Tensor) -> None:
         self.image_weights, index = weights, weights.nonzero().squeeze(1)
         images = self.train.images if len(index) == len(weights) else self.train.images.index_select(0, index)
         self._numbered = self.train._replace(images=images, labels=index)
         self.steps = -(-len(index) // self.recipe.batch_size)
 
     @property
-    def seen(self):
-        """How many of the epoch's images are done with, counting a part of those it leaves out."""
+    def seen(self) -> int:
+        """The number of the epoch's images that are done, with a part of those it leaves out."""
         chosen = len(self._numbered.labels)
         return min(self.step * self.recipe.batch_size, chosen) * len(self.train.labels) // chosen
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
         return self.epoch > self.recipe.epochs
 
-    def run(self, progress=None, stop=None):
-        """Train what is left; after each epoch yield its row.
+    def run(
+        self, progress: Callable[[int, float, float], None] | None = None, stop: Callable[[], bool] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Train the rest; after each epoch yield its row.
 
-        progress(images, loss, accuracy) is called every CHECK_EVERY steps and after an epoch's last, with the number
-        of images since its last call and the epoch's means so far. stop() is asked then too: once it is true, in any
-        of the processes, the run ends, as far as it has come.
-        Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "seconds",
-        "images_per_second"}: losses in nats, those of training as means over the epoch as it went along, dropout,
-        augmentation and label smoothing on; seconds of the whole epoch with its evaluation, images per second of the
-        training alone; without the select pair where nothing selects.
+        progress(images, loss, accuracy) is called every CHECK_EVERY steps and after an epoch's last one, with the
+        number of images since its last call and the epoch's means so far. stop() is called then too. Once it is true,
+        in any of the processes, the run ends where it is.
+        Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "select_..." (every other
+        metric), "seconds", "images_per_second"}. Losses are in nats. Those of training are means over the epoch while
+        the model changes, with dropout, augmentation and label smoothing. Seconds are of the whole epoch with its
+        evaluation, images per second of the training alone. Without a `select` split there is no select figure.
         Raises TrainingError when a loss is not finite.
         """
         while not self.finished:
             stopped = self._train_epoch(progress, stop)
             if self.step < self.steps:
                 return
-            start, n = time.perf_counter(), len(self.train.labels)
-            row = {"epoch": self.epoch, "train_loss": self.loss / n, "train_accuracy": self.correct / n}
-            if self.select:
-                loss, accuracy = loss_and_accuracy(predict_logits(self.model, self.select), self.select.labels.cpu())
-                _check_finite(loss, f"the evaluation after epoch {self.epoch}")
-                row |= {"select_loss": loss, "select_accuracy": accuracy}
-            row["seconds"] = self.seconds + time.perf_counter() - start
-            row["images_per_second"] = len(self._numbered.labels) / self.seconds
+            row = self._row()
             self.epoch += 1
             self._begin_epoch()
             yield row
             if stopped:
                 return
 
-    def _train_epoch(self, progress, stop):
-        """Take the epoch's steps from where it stands. Returns whether a stop was asked for, which cuts it short."""
+    def _row(self) -> dict[str, Any]:
+        """Measure the epoch that has just ended."""
+        start, n = time.perf_counter(), len(self.train.labels)
+        row: dict[str, Any] = {"epoch": self.epoch, "train_loss": self.loss / n, "train_accuracy": self.correct / n}
+        if self.select:
+            logits, labels = predict_logits(self.model, self.select), self.select.labels.cpu()
+            _check_finite(metrics.log_loss(logits, labels), f"the evaluation after epoch {self.epoch}")
+            figures = metrics.measure(logits, labels)
+            row |= {"select_loss": figures.pop("log_loss"), "select_accuracy": figures.pop("accuracy")}
+            row |= {f"select_{name}": figure for name, figure in figures.items()}
+        row["seconds"] = self.seconds + time.perf_counter() - start
+        row["images_per_second"] = len(self._numbered.labels) / self.seconds
+        return row
+
+    def _train_epoch(self, progress: Callable | None, stop: Callable[[], bool] | None) -> bool:
+        """Take the rest of the epoch's steps. Returns whether a stop was asked for, which cuts it short."""
         start = time.perf_counter()
         seeds = derive_seeds(self.seed, self.epoch, n=self.steps + 1)
         rank = distributed.rank()
         own_seeds = derive_seeds(self.seed, self.epoch, rank, n=self.steps + 1) if rank else seeds
         order = {"first": self.step, "rank": rank, "world": distributed.world()}
-        recent = []  # of steps not yet counted: counting many at once keeps a step short
+        recent: list[tuple] = []  # of steps not yet counted: counting many at once keeps a step short
         seen = self.seen
         self.model.train()
         for images, index in batches(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
@@ -190,31 +220,26 @@ class Training:
             before, seen = seen, self.seen
             now = time.perf_counter()
             self.seconds, start = self.seconds + now - start, now
-            loss, accuracy = self.loss / seen, self.correct / seen
-            _check_finite(loss, f"epoch {self.epoch}, at or shortly before step {self.step} of {self.steps}")
+            mean = self.loss / seen
+            _check_finite(mean, f"epoch {self.epoch}, at or shortly before step {self.step} of {self.steps}")
             if progress:
-                progress(seen - before, loss, accuracy)
+                progress(seen - before, mean, self.correct / seen)
             if stopped:
                 return True
         return False
 
-    def _step(self, images, index, seed, own_seed):
+    def _step(self, images: torch.Tensor, index: torch.Tensor, seed: int, own_seed: int) -> tuple:
         """Train on this process's share of a batch, the images of that index.
 
-        Returns loss, the number of images it is a mean of, logits, labels, index, and where the recipe prunes the
-        images' own losses.
-
-        With several processes the loss is such that its mean over them, whose gradient they all get, is the mean over
-        the images of the whole batch, whoever has more of them.
+        Returns the loss, the number of images it is a mean of, logits, labels, index, and the images' own losses where
+        the recipe prunes.
         """
         recipe, device, rank, world = self.recipe, index.device, distributed.rank(), distributed.world()
         batch = min(recipe.batch_size, len(self._numbered.labels) - self.step * recipe.batch_size)
         reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
         reseed(seed)
-        part = share(batch, rank, world)
         labels = self.train.labels.index_select(0, index)
-        alterations = {name: getattr(recipe, name) for name in ("flip", "shift", "still", "erase")}
-        images = normalise(augment(images, **alterations, n=batch, part=part), self.precision)
+        images = normalise(augment(images, recipe.augment, batch, share(batch, rank, world)), self.precision)
         if rank:
             reseed(own_seed)  # other images, other dropout
         done = (self.epoch - 1) * self.steps + self.step
@@ -222,28 +247,42 @@ class Training:
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
+        loss, losses = self._loss(logits, labels, index, batch)
+        self._update(loss)
+        return loss.detach(), batch / world, logits.detach(), labels, index, losses
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the loss of a step, and the images' own losses where the recipe prunes.
+
+        With several processes, its mean over them, whose gradient they all get, is the mean over the images of the
+        whole batch, even where one process has an image more than another.
+        """
+        recipe, world, losses = self.recipe, distributed.world(), None
         answers = None if self.teacher is None else self.teacher[index]
-        losses, reduction = None, "mean" if world == 1 else "sum"
+        reduction = "mean" if world == 1 else "sum"
         if recipe.prune:
             losses = loss_of(logits.float(), labels, answers, recipe, "none")
-            loss = getattr(losses * self.image_weights[index], reduction)()
+            loss = reduced(losses * self.image_weights[index], reduction)
             losses = losses.detach()
         else:
             loss = loss_of(logits.float(), labels, answers, recipe, reduction)
-        if world > 1:
-            loss = loss * (world / batch)
+        return loss * (world / batch) if world > 1 else loss, losses
+
+    def _update(self, loss: torch.Tensor) -> None:
+        """Take a step of the optimisers."""
         self.model.zero_grad()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer) if self.scaler else optimizer.step()
         if self.scaler:
             self.scaler.update()
-        return loss.detach(), batch / world, logits.detach(), labels, index, losses
 
-    def _count(self, recent, stop):
+    def _count(self, recent: list[tuple], stop: Callable[[], bool] | None) -> bool:
         """Add what _step returned, of several steps and all processes, to the sums. Returns whether any is to stop."""
-        means, sizes, logits, labels, index, losses = zip(*recent, strict=True)
-        index = torch.cat(index)
+        means, sizes, logits, labels, indices, losses = zip(*recent, strict=True)
+        index = torch.cat(indices)
         loss = (torch.stack(means).cpu().double() * torch.tensor(sizes, dtype=torch.double)).sum().item()
         hits = torch.cat(logits).argmax(1) == torch.cat(labels)
         correct = (hits * self.image_weights[index]).sum().item()
@@ -252,13 +291,13 @@ class Training:
         self.correct += correct
         if self.recipe.prune:
             new = torch.zeros_like(self.image_losses)
-            new[index] = torch.cat(losses).clamp(min=torch.finfo(new.dtype).tiny)  # so that 0 is none
+            new[index] = torch.cat(losses).clamp(min=torch.finfo(new.dtype).tiny)  # so that 0 means none
             new = distributed.sum_tensor(new)
             self.image_losses = torch.where(new != 0, new, self.image_losses)
         return asked > 0
 
-    def state_dict(self):
-        """What the run hangs on at this point, its own tensors: plain values and tensors for torch.save."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on, as plain values and tensors, which are not copied."""
         return {
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
@@ -267,21 +306,14 @@ class Training:
             **{key: getattr(self, key) for key in COUNTERS},
         }
 
-    def load_state_dict(self, state):
-        """Go on from a state_dict of the same model, recipe and data.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a state_dict of the same model, recipe and data.
 
-        Raises KeyError, TypeError, ValueError or RuntimeError when it is of others.
+        Raises KeyError, TypeError, ValueError or RuntimeError when it belongs to others.
         """
         self.model.load_state_dict(state["weights"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            expected = [  # the fused kernels believe what they are given
-                {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
-                for parameter in parameters
-            ]
-            if {n: {k: _layout(t) for k, t in own[n].items()} for n in own} != dict(enumerate(expected)):
-                raise ValueError("the optimiser's tensors have another layout")
-            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+            _load_optimizer(optimizer, own)
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         if self.recipe.prune:
@@ -295,10 +327,31 @@ class Training:
             raise ValueError("its place lies outside of the run")
 
 
-def prune(losses, share, seed):
-    """What each image is to count for in an epoch, float32 (n,), from the losses float32 (n,) they had.
+def _load_optimizer(optimizer: Any, own: dict) -> None:
+    """Load an optimiser's state, once its tensors have the expected layout: the fused kernels do not check it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    expected = [
+        {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
+        for parameter in parameters
+    ]
+    if {n: {k: _layout(t) for k, t in own[n].items()} for n in own} != dict(enumerate(expected)):
+        raise ValueError("the optimiser's tensors have another layout")
+    optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    That share of the images with less than the mean loss, drawn by the seed, counts for nothing, and the rest of them
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _check_finite(loss: float, where: str) -> None:
+    if not np.isfinite(loss):
+        raise TrainingError(f"the loss became {loss} in {where}: try a smaller --lr")
+
+
+def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Decide what each image counts for in an epoch, float32 (n,), from the losses float32 (n,) they last had.
+
+    Of the images with less than the mean loss, this share, drawn by the seed, is left out, and the rest of them count
     for as much more. InfoBatch: Qin et al. 2024, arXiv:2303.04947.
     """
     drawn = torch.rand(len(losses), generator=torch.Generator().manual_seed(seed)).to(losses.device)
@@ -306,37 +359,12 @@ def prune(losses, share, seed):
     return torch.where(easy, (drawn >= share) / (1 - share), 1.0)
 
 
-def loss_of(logits, labels, teacher, recipe, reduction="mean"):
-    """The loss that a recipe minimises, in nats; logits and the teacher's (or None): float32 (b, 10), labels: int64.
-
-    reduction: "mean" over the images, "sum", or "none".
-
-    Distillation as by Hinton et al. 2015, arXiv:1503.02531: both answers at a temperature, whose square keeps the
-    gradients' size.
-    """
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=reduction)
-    if teacher is None:
-        return loss
-    share, t = recipe.distillation, recipe.temperature
-    answers = [(each / t).log_softmax(1) for each in (logits, teacher)]
-    distance = F.kl_div(*answers, log_target=True, reduction="none").sum(1) * t**2
-    if reduction != "none":
-        distance = getattr(distance, reduction)()
-    return (1 - share) * loss + share * distance
-
-
-def _layout(tensor):
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _check_finite(loss, where):
-    if not np.isfinite(loss):
-        raise TrainingError(f"the loss became {loss} in {where}: try a smaller --lr")
+# --- predictions -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def predict_logits(model, split, batch_size=EVALUATION_BATCH):
-    """Logits float32 (n, 10) on the CPU, in the split's order, with the model in evaluation mode."""
+def predict_logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> torch.Tensor:
+    """Compute the logits float32 (n, 10), on the CPU, in the split's order, with the model in evaluation mode."""
     model.eval()
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
@@ -347,20 +375,17 @@ def predict_logits(model, split, batch_size=EVALUATION_BATCH):
     return distributed.sum_tensor(logits).cpu()
 
 
-def average(answers):
-    """Logarithm of the mean probabilities, float64 (n, 10): logits, as good as any, of several answers taken together.
+def average(answers: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Average several answers: the logarithm of the mean probabilities, float64 (n, 10), which serves as logits.
 
-    answers: logits float (n, 10) of views of the same images, or of models, any iterable.
+    answers: logits float (n, 10) of views of the same images, or of models.
     """
     probabilities = [logits.double().softmax(1) for logits in answers]
     return torch.stack(probabilities).mean(0).clamp(min=torch.finfo(torch.double).tiny).log()
 
 
-def predict_views(model, split, progress=None):
-    """The average of what predict_logits says of the VIEWS of every image, float64 (n, 10).
-
-    progress() is called after each view.
-    """
+def predict_views(model: nn.Module, split: Split, progress: Callable[[], Any] | None = None) -> torch.Tensor:
+    """Average the logits of the VIEWS of every image, float64 (n, 10). progress() is called after each view."""
     answers = []
     for mirrored, moved in VIEWS:
         images = F.pad(split.images.flip(2) if mirrored else split.images, (moved, -moved) * 2)
@@ -368,75 +393,3 @@ def predict_views(model, split, progress=None):
         if progress:
             progress()
     return average(answers)
-
-
-def loss_and_accuracy(logits, labels):
-    """Mean cross-entropy in nats and accuracy, as floats; logits (n, 10), labels (n,), both on the CPU."""
-    return F.cross_entropy(logits.double(), labels).item(), (logits.argmax(1) == labels).double().mean().item()
-
-
-def wilson_interval(correct, n, confidence=0.95):
-    """Wilson score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953), as [low, high]."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
-    return [float(interval.low), float(interval.high)]
-
-
-def expected_calibration_error(probabilities, labels):
-    """Calibration error of the answers: probabilities float (n, 10), labels int (n,)."""
-    return calibration_error(probabilities.max(1), probabilities.argmax(1) == labels)
-
-
-def calibration_error(scores, hits):
-    """Mean gap between score and share of hits over equal-width bins of the score, weighted by their counts.
-
-    scores: float (n,) in [0, 1]; hits: bool (n,). Guo et al. 2017, arXiv:1706.04599, equation 3.
-    """
-    gaps = np.bincount(calibration_bins(scores), weights=hits - scores, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(scores))
-
-
-def calibration_bins(scores):
-    """The bin of each score, int (n,): bin m, counted from 0, is (m / ECE_BINS, (m + 1) / ECE_BINS]."""
-    return np.clip(np.ceil(scores * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-
-
-def metrics(logits, labels):
-    """All figures of one model on one split: logits float (n, 10) and labels int64 (n,), both on the CPU.
-
-    Returns a dict of plain numbers and lists: n, accuracy, accuracy_ci95, log_loss (nats), ece, per_class
-    (precision, recall, f1, support by class name) and confusion_matrix (rows true, columns predicted).
-    """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    log_loss, accuracy = loss_and_accuracy(logits, labels)
-    probabilities, labels = logits.double().softmax(1).numpy(), labels.numpy()
-    predicted, every = probabilities.argmax(1), np.arange(len(CLASSES))
-    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
-    per_class = [
-        dict(zip(("precision", "recall", "f1", "support"), (float(p), float(r), float(f), int(n)), strict=True))
-        for p, r, f, n in zip(*columns, strict=True)
-    ]
-    return {
-        "n": len(labels),
-        "accuracy": accuracy,
-        "accuracy_ci95": wilson_interval(int((predicted == labels).sum()), len(labels)),
-        "log_loss": log_loss,
-        "ece": expected_calibration_error(probabilities, labels),
-        "per_class": dict(zip(CLASSES, per_class, strict=True)),
-        "confusion_matrix": confusion_matrix(labels, predicted, labels=every).tolist(),
-    }
-
-
-def mcnemar(correct_a, correct_b):
-    """McNemar's exact test of two models on the same images (McNemar 1947, doi:10.1007/BF02295996).
-
-    correct_a, correct_b: bool (n,). Returns {"only_a", "only_b", "p_value"}: how many images only one of the
-    two got right, and the two-sided binomial p-value of that split.
-    """
-    from scipy.stats import binomtest
-
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only_a": only_a, "only_b": only_b, "p_value": float(p_value)}

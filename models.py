@@ -1,4 +1,4 @@
-"""The architectures. A new model is one class and one line in MODELS.
+"""The architectures, in plain PyTorch. A new model is one class and one line in MODELS.
 
 model = models.build("cnn")
 logits = model(images)          # float32 (n, 1, 28, 28) -> (n, 10)
@@ -8,47 +8,53 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import conv_relu_pool, relu_pool
-
 
 class MLP(nn.Module):
     """784 - 128 - 10 with ReLU: 101,770 parameters."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(28 * 28, 128)
         self.fc2 = nn.Linear(128, 10)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (n, 10) of images (n, 1, 28, 28)."""
         return self.fc2(F.relu(self.fc1(images.flatten(1))))
+
+
+def conv_relu_pool(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a convolution, ReLU and 2x2 max-pooling: (n, c, h, w) -> (n, channels, h // 2, w // 2)."""
+    return F.max_pool2d(F.relu(conv(x)), 2)
 
 
 class CNN(nn.Module):
     """Two 3x3 convolutions with ReLU and 2x2 max-pooling, 128 hidden units, dropout 0.3: 421,642 parameters."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)  # 28x28
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1)  # 14x14
+        self.conv_relu_pool = conv_relu_pool  # a training may put a faster one here: runtime/kernels.py
         self.fc1 = nn.Linear(64 * 7 * 7, 128)
         self.dropout = nn.Dropout(0.3)
         self.fc2 = nn.Linear(128, 10)
 
-    def forward(self, images):
-        x = conv_relu_pool(images, self.conv1)
-        x = relu_pool(self.conv2(x))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (n, 10) of images (n, 1, 28, 28)."""
+        x = self.conv_relu_pool(self.conv1, images)
+        x = self.conv_relu_pool(self.conv2, x)
         x = F.relu(self.fc1(x.flatten(1)))
         return self.fc2(self.dropout(x))
 
 
 class ResNet(nn.Module):
-    """A 3x3 convolution, then three stages of another, pooled and batch-normalised, and a residual block of two.
+    """A 3x3 convolution, then three stages: a convolution with pooling and batch normalisation, and a residual block.
 
-    Ten convolutions and one linear layer, 1,940,938 parameters; a narrow one of the residual networks that David Page
-    trained in seconds (2018, https://myrtle.ai/learn/how-to-train-your-resnet/).
+    Ten convolutions and one linear layer, 1,940,938 parameters. A narrow version of the residual networks that David
+    Page trained in seconds (2018, https://myrtle.ai/learn/how-to-train-your-resnet/).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)  # 28x28
         self.stages = nn.Sequential(
@@ -61,39 +67,42 @@ class ResNet(nn.Module):
         )
         self.fc = nn.Linear(256, 10)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (n, 10) of images (n, 1, 28, 28)."""
         return self.fc(self.stages(F.relu(self.conv1(images))).amax((2, 3)))
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution, max-pooled if asked for, batch-normalised, ReLU: (n, inputs, h, w) -> (n, outputs, ...)."""
+    """A 3x3 convolution, max-pooling if wanted, batch normalisation, ReLU: (n, inputs, h, w) -> (n, outputs, ...)."""
 
-    def __init__(self, inputs, outputs, pool=False):
+    def __init__(self, inputs: int, outputs: int, pool: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
         self.pool = pool
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layers in the order above."""
         x = self.conv(x)
         if self.pool:
-            x = F.max_pool2d(x, 2 + x.shape[-1] % 2, 2)  # 3x3 where the side is odd, lest a row and a column be lost
+            x = F.max_pool2d(x, 2 + x.shape[-1] % 2, 2)  # 3x3 where the side is odd, so that no row or column is lost
         return F.relu(self.norm(x))
 
 
 class Residual(nn.Module):
-    """Two convolutions and a way around them, in training the only one for a tenth of the images.
+    """Two convolutions with a shortcut around them. In training, a tenth of the images take the shortcut alone.
 
     Stochastic depth: Huang et al. 2016, arXiv:1603.09382.
     """
 
     SKIPPED = 0.1
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(Convolution(channels, channels), Convolution(channels, channels))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the convolutions' output to the input."""
         y = self.convolutions(x)
         if self.training:
             taken = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.SKIPPED
@@ -101,22 +110,35 @@ class Residual(nn.Module):
         return x + y
 
 
-MODELS = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}
+MODELS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet": ResNet,
+}
 
 
-def build(name):
-    """A freshly initialised model, its convolutions in channels_last, which CPU and GPU kernels prefer."""
+def build(name: str) -> nn.Module:
+    """Build a freshly initialised model, in channels_last, which the kernels of CPUs and GPUs prefer."""
     return MODELS[name]().to(memory_format=torch.channels_last)
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> int:
+    """Count the weights of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flop(model):
-    """Floating-point operations to classify one image: those of its matrix products and convolutions."""
+def count_flop(model: nn.Module, training: bool = False) -> int:
+    """Count the floating-point operations of the matrix products and convolutions for one image.
+
+    To classify it, or with `training` for a step: forward, and the gradients of all parameters.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 1, 28, 28))
+    image = torch.zeros(1, 1, 28, 28)
+    with FlopCounterMode(display=False) as counter:
+        if training:
+            model(image).sum().backward()
+        else:
+            with torch.inference_mode():
+                model.eval()(image)
     return counter.get_total_flops()

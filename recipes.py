@@ -1,13 +1,15 @@
-"""The recipes: every value that a training run hangs on, in one table.
+"""The recipes: every value that a training depends on, in one table. A new recipe is one row.
 
 recipe = recipes.find("fast", "cnn")
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from runtime.errors import UserError
 
 
 class Recipe(NamedTuple):
-    """How to train. Defaults are those of the published protocol."""
+    """How to train. The defaults are those of the published protocol."""
 
     epochs: int
     batch_size: int = 128
@@ -15,23 +17,21 @@ class Recipe(NamedTuple):
     lr: float = 1e-3  # of Adam
     muon_lr: float = 0.0
     weight_decay: float = 0.0  # decoupled, of the large matrices only, as a share per step of Muon's learning rate
-    warmup: float | None = None  # share of the steps in which the learning rates rise, to fall to 0 in the rest
-    dropout: float | None = None  # None leaves the model's own
+    warmup: float | None = None  # share of the steps in which the learning rates rise; they fall to 0 in the rest
+    dropout: float | None = None  # None keeps the model's own
+    loss: str = "cross_entropy"  # a function of engine.py
     label_smoothing: float = 0.0
-    flip: bool = False  # mirror half of the images, others each epoch
-    shift: int = 0  # move by up to so many pixels, up or down and left or right
-    still: float = 0.0  # share of the images that are not moved
-    erase: int = 0  # blacken a square of so many pixels a side
+    augment: dict = {}  # noqa: RUF012 - functions of data.py and their values; never changed in place
     prune: float = 0.0  # leave out, anew in each epoch, this share of the images with less than the mean loss
     distillation: float = 0.0  # share of the loss that is the distance from the teachers' answers
     temperature: float = 1.0  # of both answers in that distance
-    select: str = "val"  # what chooses the epoch that is kept: "val", "test", or "last" (train on all, keep the last)
+    select: str = "val"  # what chooses the epoch that is kept: a key of SELECTIONS
     precision: str = "float32"  # or "auto": bfloat16 where the processor multiplies it natively
-    fused: bool = False  # with the kernels of kernels.c, whose rounding differs from PyTorch's
+    fused: bool = False  # use the kernels of kernels.c, whose rounding differs from PyTorch's
 
 
-RECIPES = {
-    # The published protocol, in bits that never change.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    # The published protocol. Its results never change by a bit.
     "published": {
         "mlp": Recipe(epochs=5),
         "cnn": Recipe(epochs=15),
@@ -47,40 +47,108 @@ RECIPES = {
             label_smoothing=0.05, select="last", precision="auto", fused=True,
         ),
     },
-    # The highest accuracy within ten minutes on two cores; the ResNet takes half an hour, or in float32 hours.
+    # The highest accuracy within ten minutes on two cores. The ResNet takes half an hour, in float32 hours.
     "best": {
         "mlp": Recipe(
             epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, warmup=0.3, label_smoothing=0.05,
-            flip=True, shift=1, erase=6, select="last", precision="auto", fused=True,
+            augment={"flip": 0.5, "shift": 1, "erase": 6}, select="last", precision="auto", fused=True,
         ),
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3, label_smoothing=0.1,
-            flip=True, shift=1, select="last", precision="auto", fused=True,
+            augment={"flip": 0.5, "shift": 1}, select="last", precision="auto", fused=True,
         ),
         "resnet": Recipe(
             epochs=65, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, label_smoothing=0.1,
-            flip=True, shift=2, erase=12, prune=0.7, select="last", precision="auto",
+            augment={"flip": 0.5, "shift": 2, "erase": 12}, prune=0.7, select="last", precision="auto",
         ),
     },
-    # The same networks taught by others: --teacher.
+    # The same networks, taught by others: --teacher.
     "distilled": {
         "mlp": Recipe(
             epochs=900, batch_size=1024, optimizer="muon", lr=3e-3, muon_lr=0.05, weight_decay=0.05, warmup=0.3,
-            flip=True, shift=1, still=0.3, distillation=0.5, select="last", precision="auto", fused=True,
+            augment={"flip": 0.5, "shift": [1, 0.3]}, distillation=0.5, select="last", precision="auto", fused=True,
         ),
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,
-            flip=True, shift=1, distillation=0.5, select="last", precision="auto", fused=True,
+            augment={"flip": 0.5, "shift": 1}, distillation=0.5, select="last", precision="auto", fused=True,
         ),
     },
 }  # fmt: skip
 
+FLAGS: dict[str, Any] = {  # what a run records of how it was trained, and of which types
+    "recipe": str,
+    **Recipe.__annotations__,
+    "deterministic": bool,
+    "teachers": [{"checkpoint": str, "sha256": str, "model": str, "select": str | None}],
+}
+PUBLISHED = {"mlp": 0.8714, "cnn": 0.9182}  # test accuracy of the published protocol, which selects on the test set
+DEFAULTS = {"mlp": "published", "cnn": "published", "resnet": "best"}  # the recipe of a model where none is asked for
+FALLBACK = "cnn"  # a model without its own row is trained by the row of this one
 
-def default(model):
-    """The name of the recipe a model is trained by where none is asked for: its first, or else the published one."""
-    return next((name for name, rows in RECIPES.items() if model in rows), "published")
+
+class Selection(NamedTuple):
+    """What chooses the epoch that is kept, in words."""
+
+    images: str  # the split that chooses, "" where nothing does
+    chosen: str  # on what, for a table
+    rule: str  # for the first line of a run; {epochs} and {n} are to be filled in
+    measured: str  # what this means for the test accuracy
 
 
-def find(name, model):
-    """The recipe of that name for the model; a model without one of its own is trained as the CNN."""
-    return RECIPES[name].get(model, RECIPES[name]["cnn"])
+SELECTIONS = {
+    "val": Selection(
+        "validation",
+        "5,000 validation images",
+        "best of {epochs} epochs, chosen on {n:,} validation images",
+        "measured once, after training",
+    ),
+    "test": Selection(
+        "test",
+        "the test set, as published",
+        "best of {epochs} epochs, chosen on {n:,} test images as published: an optimistic protocol",
+        "the best epoch was chosen on these very images",
+    ),
+    "last": Selection(
+        "",
+        "nothing: the last",
+        "the last of {epochs} epochs is kept",
+        "measured once, after training",
+    ),
+}
+
+
+def default(model: str) -> str:
+    """Return the name of the recipe for a model where none is asked for.
+
+    It is that of DEFAULTS; for another model its only recipe, or the published one where it has none.
+    Raises UserError where it has several, so that the user must choose.
+    """
+    own = [name for name, rows in RECIPES.items() if model in rows]
+    if model in DEFAULTS or not own:
+        return DEFAULTS.get(model, "published")
+    if len(own) > 1:
+        raise UserError(f"--recipe: {model} has the recipes {', '.join(own)}: choose one, or add {model} to DEFAULTS")
+    return own[0]
+
+
+def find(name: str, model: str) -> Recipe:
+    """Return the row of a recipe for a model; a model that has none there gets the row of FALLBACK.
+
+    Raises UserError where there is neither.
+    """
+    rows = RECIPES[name]
+    if model not in rows and FALLBACK not in rows:
+        raise UserError(f"recipe {name} has no row for {model}; it has {', '.join(rows)}")
+    return rows.get(model) or rows[FALLBACK]
+
+
+def upgrade(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags of a run, as any earlier version recorded them, in today's form.
+
+    What was not recorded yet had the value that is the default today. Augmentations had keys of their own.
+    """
+    usual: dict[str, Any] = {"recipe": "published", "deterministic": False, "teachers": [], **Recipe._field_defaults}
+    flags = usual | flags
+    flip, shift, still, erase = (flags.pop(key, 0) for key in ("flip", "shift", "still", "erase"))
+    old = {"flip": 0.5 * bool(flip), "shift": [shift, still] if still else shift, "erase": erase}
+    return flags | {"augment": flags["augment"] | {name: value for name, value in old.items() if value}}

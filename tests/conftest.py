@@ -1,4 +1,4 @@
-"""What the tests share: the real sample, the scripts as a user runs them, and checkpoints they trained."""
+"""What the tests share: the sample, the scripts as a user runs them, and checkpoints that they trained."""
 
 import importlib
 import multiprocessing
@@ -13,32 +13,31 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: the tests run two at a time, and start many processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: two tests run at a time, and start many processes
 
-import cli  # first: it keeps the libraries' caches inside the clone
 import data
-import kernels
+from runtime import cli, sources
 
-ROOT = cli.HERE
+ROOT = cli.ROOT
 SAMPLE = ROOT / "tests" / "sample"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tries", type=int, default=1, help="take so many times the random tries in tests of faults")
+    parser.addoption("--tries", type=int, default=1, help="multiply the random tries in tests of faults by this number")
     parser.addoption("--report", type=lambda p: Path(p).resolve(), help="test this report.html, of the whole data set")
 
 
 @pytest.fixture
 def tries(request):
-    """How many times the usual number of random tries to take."""
+    """By what to multiply the usual number of random tries."""
     return request.config.getoption("--tries")
 
 
 @pytest.fixture
 def tally(record_property):
-    """tally(fault, tries, lost, wrong) puts the counts into the table after the tests, and wants no harm done."""
+    """tally(fault, tries, lost, wrong) adds a row to the table after the tests, and fails if any is lost or wrong."""
 
     def count(fault, tries, lost, wrong):
         record_property("fault", (fault, tries, len(lost), len(wrong)))
@@ -50,20 +49,22 @@ def tally(record_property):
 
 def pytest_terminal_summary(terminalreporter):
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    told = [report.user_properties for report in reports if getattr(report, "when", None) == "call"]
-    faults = [value for properties in told for name, value in properties if name == "fault"]
+    recorded = [report.user_properties for report in reports if getattr(report, "when", None) == "call"]
+    faults = [value for properties in recorded for name, value in properties if name == "fault"]
     if faults:
         terminalreporter.section("faults")
         for row in [("fault", "tries", "lost", "wrong"), ("---",) * 4, *faults]:
             terminalreporter.line("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in row) + " |")
 
 
-_forks = multiprocessing.get_context("forkserver")  # a fork of a process that has PyTorch starts at once
-_forks.set_forkserver_preload(["torch", "scipy.stats", "tqdm", "filelock"])
+# --- processes -------------------------------------------------------------------------------------------
+
+_forks = multiprocessing.get_context("forkserver")  # a fork of a process that has loaded PyTorch starts at once
+_forks.set_forkserver_preload(["torch", "scipy.stats", "scipy.optimize", "sklearn.metrics", "tqdm", "filelock"])
 
 
 def in_a_fork(function, *arguments):
-    """What a function of a test's module returns in a process of its own; the process must not die."""
+    """Call a function of a test module in a new process, and return its result; the process must not die."""
     ours, theirs = _forks.Pipe(duplex=False)
     process = _forks.Process(target=_answer, args=(theirs, function, arguments))
     process.start()
@@ -80,52 +81,75 @@ def _answer(connection, function, arguments):
     connection.send(function(*arguments))
 
 
-def start_training(log, *arguments, before=None):
-    """Start train.py in a process of its own, which speaks to the file `log`; before() is called there first."""
-    return _start("train.py", arguments, log, log, before)
-
-
-def _start(name, arguments, out, err, before=None):
-    process = _forks.Process(target=_run, args=(name, [str(word) for word in arguments], out, err, before))
+def start_fork(log, function, *arguments):
+    """Start a function of a test module in a new process, which prints to the file `log`."""
+    process = _forks.Process(target=_run, args=(function, arguments, log, log))
     process.start()
     return process
 
 
-def _run(name, arguments, out, err, before):
+def start_training(log, *arguments, before=None):
+    """Start train.py in a new process, which prints to the file `log`; before() is called there first."""
+    return start_fork(log, _script, "train.py", [str(word) for word in arguments], before)
+
+
+def _run(function, arguments, out, err):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background would ignore
-    sys.argv = [name, *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     os.chdir(ROOT)
+    function(*arguments)
+
+
+def _script(name, arguments, before):
+    sys.argv = [name, *arguments]
     if before:
         before()
     cli.run(importlib.import_module(name.removesuffix(".py")).main)
 
 
 def run_script(name, *arguments, before=None, **options):
-    """Run a script of the repository from its folder; returns the finished process with its text output.
+    """Run a script of the repository in the root folder; returns the finished process with its text output.
 
-    In a fork, which spares it the loading of PyTorch, where before() is called first; with options of subprocess.run,
-    from scratch.
+    It runs in a fork, which need not load PyTorch and where before() is called first. With options of subprocess.run
+    it starts from scratch instead.
     """
     if options:
         command = [sys.executable, ROOT / name, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, kind) for kind in ("out", "err")]
-        process = _start(name, arguments, *files, before)
+        words = [str(word) for word in arguments]
+        process = _forks.Process(target=_run, args=(_script, (name, words, before), *files))
+        process.start()
         process.join(300)
         return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
 
 
+def stop_at_the_first_look():
+    """As a run_script's before: ask every training to stop as soon as it looks whether to."""
+    stop_training(lambda training: True)
+
+
+def stop_training(when):
+    """Let every engine.Training of this process stop at its next look once when(training) is true."""
+    import engine
+
+    run = engine.Training.run
+    engine.Training.run = lambda training, progress=None, stop=None: run(training, progress, lambda: when(training))
+
+
 def assert_one_line_error(finished, *parts):
-    """A user's mistake: exit code 2, one line on stderr that says all the parts, no traceback."""
+    """A user's mistake: exit code 2 and one line on stderr, with all the parts and no traceback."""
     errors = [line for line in finished.stderr.splitlines() if not line.startswith(("data:", "checkpoint:"))]
     assert finished.returncode == 2, finished.stderr
     assert len(errors) == 1, finished.stderr
     assert "Traceback" not in finished.stdout + finished.stderr
     for part in parts:
         assert re.search(part, errors[0]), errors[0]
+
+
+# --- data and checkpoints --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -135,24 +159,14 @@ def sample():
     return dict(zip(names, data.load(*names, data_dir=SAMPLE), strict=True))
 
 
-@pytest.fixture
-def fused():
-    """Trains with the kernels of kernels.c, and leaves the next test without them."""
-    assert kernels.load() is None
-    yield
-    kernels.unload()
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with what `train.py` wrote for both models on the sample, and what it said."""
+    """A folder with what `train.py` wrote for both models on the sample, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
+    flags = ["--epochs", 3, "--batch-size", 32, "--data-dir", SAMPLE, "--checkpoint-dir", folder]
     said = {}
     for model in ("mlp", "cnn"):
-        finished = run_script(
-            "train.py", "--model", model, "--epochs", 3, "--batch-size", 32, "--data-dir", SAMPLE,
-            "--checkpoint-dir", folder,
-        )  # fmt: skip
+        finished = run_script("train.py", "--model", model, *flags)
         assert finished.returncode == 0, finished.stderr
         said[model] = finished.stdout
     return folder, said
@@ -160,12 +174,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def sample_as_published(monkeypatch, tmp_path):
-    """Makes data.py take the sample for the published set, and puts its usual places into an empty folder."""
+    """Make the sample pass as the published set, and move the places where that is looked for into an empty folder."""
     lines = (line.split() for line in (SAMPLE / "SHA256SUMS").read_text().splitlines())
-    monkeypatch.setattr(data, "PUBLISHED", {name: digest for digest, name in lines})
-    monkeypatch.setattr(data, "FETCHED", tmp_path / "fetched")
-    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
-    monkeypatch.setattr(data, "MIRRORS", ())
+    monkeypatch.setattr(sources, "PUBLISHED", {name: digest for digest, name in lines})
+    monkeypatch.setattr(sources, "FETCHED", tmp_path / "fetched")
+    monkeypatch.setattr(sources, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(sources, "MIRRORS", ())
     monkeypatch.delenv("FMNIST_DIR", raising=False)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""Draw the tests' sample: 100 training and 50 test images of each class, with its own SHA256SUMS.
+"""Draw the tests' sample: 100 training and 50 test images of each class, with a SHA256SUMS.
 
 python tests/make_sample.py        # writes tests/sample/, the same bytes every time
 """

@@ -1,15 +1,24 @@
-"""bench.py and peers.py: what is timed is what it says; the full run itself is no test."""
+"""bench.py and benchmarks/: what is timed is what the tables say; the full run itself is no test."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
 from torchvision import datasets
 
 import bench
+import models
+from benchmarks import measure, peers
+from runtime import device
+
+SPEED = (ROOT / "docs" / "speed.md").read_text()
 
 
 def test_torchvision_reads_the_same_images_and_labels(sample, tmp_path):
-    bench.write_for_torchvision(tmp_path, {"train": sample["train+val"], "t10k": sample["test"]})
+    measure.write_for_torchvision(tmp_path, {"train": sample["train+val"], "t10k": sample["test"]})
     for train, split in ((True, sample["train+val"]), (False, sample["test"])):
         theirs = datasets.FashionMNIST(tmp_path, train=train)
         assert torch.equal(theirs.data, split.images)
@@ -18,9 +27,10 @@ def test_torchvision_reads_the_same_images_and_labels(sample, tmp_path):
 
 def test_operations_of_a_training_step_are_those_by_hand():
     fc1, fc2 = 2 * 784 * 128, 2 * 128 * 10
-    assert bench.flops_of_training("mlp") == 2 * fc1 + 3 * fc2  # the images need no gradient
+    flop = {name: models.count_flop(models.build(name), training=True) for name in ("mlp", "cnn")}
+    assert flop["mlp"] == 2 * fc1 + 3 * fc2  # the images need no gradient
     conv1, conv2, fc1 = 2 * 28 * 28 * 9 * 32, 2 * 14 * 14 * 9 * 32 * 64, 2 * 3136 * 128
-    assert bench.flops_of_training("cnn") == 2 * conv1 + 3 * (conv2 + fc1 + fc2)
+    assert flop["cnn"] == 2 * conv1 + 3 * (conv2 + fc1 + fc2)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +45,119 @@ def test_operations_of_a_training_step_are_those_by_hand():
     ids=lambda program: " ".join(map(str, program.values())),
 )
 def test_every_peer_learns(program, sample, tmp_path):
-    bench.write_for_torchvision(tmp_path, {"train": sample["train+val"], "t10k": sample["test"]})
+    measure.write_for_torchvision(tmp_path, {"train": sample["train+val"], "t10k": sample["test"]})
     common = {"model": "mlp", "epochs": 20, "threads": 2, "data_dir": str(SAMPLE), "torchvision_dir": str(tmp_path)}
-    worker = bench.Worker(**program, **common)
+    worker = measure.Worker(**program, **common)
     assert all(0 < worker.ask("epoch")["seconds"] < 60 for _ in range(20))
     assert worker.ask("test")["accuracy"] > 0.6
     assert 100 < worker.ask("memory")["peak_mib"] < 4_000
     worker.close()
 
 
+@pytest.mark.parametrize(("recipe", "kernel"), [("published", "conv_pool_relu"), ("fast", "fused_conv_relu_pool")])
+def test_our_loop_is_timed_with_the_operations_that_train_gives_it(recipe, kernel):
+    ours = peers.Ours("cnn", recipe, str(SAMPLE), images=100, epochs=1)
+    assert ours.model.conv_relu_pool.__name__ == kernel
+
+
 def test_a_worker_that_fails_says_why():
     with pytest.raises(RuntimeError, match="Dataset not found"):
-        bench.Worker(program="tutorial", model="mlp", threads=1, data_dir=None, torchvision_dir=str(SAMPLE))
+        measure.Worker(program="tutorial", model="mlp", threads=1, data_dir=None, torchvision_dir=str(SAMPLE))
+
+
+class Counting:
+    """A worker that trains nothing: every epoch takes 2 s and adds 0.05 to the accuracy."""
+
+    asked: list[tuple[str, str]]
+
+    def __init__(self, **options):
+        self.name = options["program"] + str(options.get("seed", ""))
+        self.epochs = 0
+
+    def ask(self, word):
+        self.asked.append((self.name, word))
+        self.epochs += word == "epoch"
+        return {"seconds": 2.0, "accuracy": 0.8 + 0.05 * self.epochs, "peak_mib": 7.0}
+
+    def epoch_seconds(self):
+        return self.ask("epoch")["seconds"]
+
+    def close(self):
+        self.asked.append((self.name, "close"))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Put Counting in the place of Worker; the list of what the workers are asked."""
+    monkeypatch.setattr(measure, "Worker", Counting)
+    monkeypatch.setattr(Counting, "asked", [], raising=False)
+    return Counting.asked
+
+
+def test_programs_take_turns_and_a_run_is_measured_to_the_target(asked):
+    programs = {"tutorial loop": {"program": "tutorial"}, "ours, fast": {"program": "ours", "recipe": "fast"}}
+    rows = measure.epochs("mlp", programs, {}, 2, print)
+    assert asked[:4] == [("tutorial", "epoch"), ("tutorial", "test"), ("ours", "epoch"), ("ours", "test")]
+    assert rows["ours, fast"] == {
+        "seconds": 2.0, "all_seconds": [2.0, 2.0], "test_images_per_second": 5_000, "peak_mib": 7.0,
+    }  # fmt: skip
+    measure.add_limits(rows, 4e9, {"bfloat16": 8.0})
+    assert (rows["ours, fast"]["gflops"], rows["ours, fast"]["share_of_bfloat16"]) == (2.0, 0.25)
+    goal = measure.to_target("mlp", {}, False, print)
+    assert goal["tutorial"] == {
+        "seconds": 4.0, "epochs": 2, "mean_accuracies": [pytest.approx(0.85), pytest.approx(0.9)], "seeds": 3,
+        "reached": True,
+    }  # fmt: skip
+    assert (goal["ours"]["seconds"], goal["ours"]["seeds"], goal["ratio"]) == (6.0, 5, pytest.approx(2 / 3))
+    assert (goal["ours"]["mean_accuracy"], goal["ours"]["reached"]) == (pytest.approx(0.95), True)
+    quick = measure.to_target("mlp", {}, True, print)
+    assert (quick["ours"]["seeds"], "tutorial" in quick) == (2, False)
+    assert sum(word == "close" for _, word in asked) == 2 + 3 + 5 + 2
+
+
+def test_a_quick_benchmark_writes_its_tables_numbers_and_figure(asked, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "TRAINING_IMAGES", 1_000)
+    monkeypatch.setattr(measure, "MATRIX_SIZES", (64,))
+    monkeypatch.setattr(measure, "COMMANDS", {"nothing": ["-c", "pass"]})
+    monkeypatch.setattr(measure, "write_for_torchvision", lambda folder, parts: None)
+    assert bench.main(["--quick", "--data-dir", str(SAMPLE), "--figures-dir", str(tmp_path / "new")]) == 0
+    results = json.loads((tmp_path / "new" / "bench_quick.json").read_text())
+    assert results.keys() == json.loads((ROOT / "docs" / "figures" / "bench.json").read_text()).keys()
+    assert list(results["epoch"]["mlp"]) == list(measure.peers())
+    assert [row["images"] for row in results["growth"]] == [6_000, 12_000, 30_000, 60_000]
+    assert (tmp_path / "new" / "bench_quick.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.markdown(results) in capsys.readouterr().out
+
+
+def test_the_machine_is_named_once():
+    machine = measure.machine()
+    assert f"{machine['processor']} with {', '.join(machine['features'])}".removesuffix(" with ") == device.processor()
+    assert machine["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 def test_the_benchmark_wants_the_whole_set():
     assert_one_line_error(run_script("bench.py", "--data-dir", SAMPLE), "needs the whole of Fashion-MNIST")
+
+
+def test_a_worker_answers_on_standard_output_alone(tmp_path):
+    options = {"program": "scikit-learn", "threads": 1, "data_dir": str(SAMPLE)}
+    command = [sys.executable, "-m", "benchmarks.peers", json.dumps(options)]
+    worker = subprocess.run(
+        command, cwd=ROOT, input="memory\n", capture_output=True, text=True, timeout=120, check=True
+    )
+    ready, memory = map(json.loads, worker.stdout.splitlines())
+    assert ready == {"ready": True}
+    assert memory.keys() == {"peak_mib", "seconds"}
+
+
+def test_the_speed_page_is_that_of_the_benchmark():
+    results = json.loads((ROOT / "docs" / "figures" / "bench.json").read_text())
+    for part in bench.markdown(results).split("\n\n"):
+        assert part in SPEED
+    for model, name in (("mlp", "MLP"), ("cnn", "CNN")):
+        goal, rows = results["to_target"][model], results["epoch"][model]
+        assert f"{goal['ours']['seconds']:.1f} seconds ({name})" in SPEED
+        ratio = rows["tutorial loop"]["seconds"] / rows["ours, published"]["seconds"]
+        assert f"{ratio:.1f} times ({name})" in SPEED
+    mlp, cnn = (results["to_target"][model]["ratio"] for model in ("mlp", "cnn"))
+    assert f"{mlp:.0f} times and {cnn:.0f} times as fast" in SPEED

@@ -1,23 +1,27 @@
-"""checkpoint.py: what is written comes back; what is not a checkpoint is refused in one line, and nothing runs."""
+"""checkpoint.py: what is written is read back; what is no checkpoint is refused in one line, and nothing in it runs."""
 
 import hashlib
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script, start_fork
 from torch import nn
 
 import checkpoint
+import data
 import models
+import recipes
 from data import CLASSES
+from runtime import cli, device
 
 DETAILS = {
     "name": "cnn",
@@ -41,10 +45,10 @@ def assert_same_weights(a, b):
         assert torch.equal(x, y)
 
 
-# --- what is written comes back --------------------------------------------------------------------------
+# --- what is written is read back ------------------------------------------------------------------------
 
 
-def test_a_checkpoint_comes_back_whole(saved):
+def test_a_checkpoint_is_read_back_whole(saved):
     path, model = saved
     loaded, info = checkpoint.load(path)
     assert_same_weights(model, loaded)
@@ -58,25 +62,35 @@ def test_a_checkpoint_comes_back_whole(saved):
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")
-@pytest.mark.parametrize("changed", ["models.py", "kernels.c"])
-def test_the_git_revision_tells_changed_code_but_not_what_the_scripts_write(changed, tmp_path):
-    def run(*command):
+def test_the_git_revision_shows_changed_code_but_not_what_the_scripts_write(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@localhost", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     def revision():
-        return run(sys.executable, "-c", "import checkpoint; print(checkpoint.git_revision())")
+        device.git_revision.cache_clear()
+        return device.git_revision()
 
-    for module in ("checkpoint.py", "data.py", "kernels.c", "kernels.py", "models.py"):
-        shutil.copy(ROOT / module, tmp_path)
+    assert Path(__file__).parent.parent == cli.ROOT
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "models.py", tmp_path)
     (tmp_path / "best.pt").write_text("old")
-    run("git", "init", "--quiet")
-    run("git", "add", ".")
-    run("git", "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "--quiet", "-m", "all")
-    (tmp_path / "best.pt").write_text("new")
-    assert revision() == run("git", "rev-parse", "HEAD")
-    with open(tmp_path / changed, "a") as file:
-        file.write("\n")
-    assert revision() == run("git", "rev-parse", "HEAD") + "+changes"
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    try:
+        assert revision() is None  # no repository yet
+        git("init", "--quiet")
+        git("add", ".")
+        git("commit", "--quiet", "-m", "all")
+        (tmp_path / "best.pt").write_text("new")
+        assert revision() == git("rev-parse", "HEAD")
+        for changed in (tmp_path / "models.py", tmp_path / "runtime" / "kernels.c"):
+            before = changed.read_bytes()
+            changed.write_bytes(before + b"\n")
+            assert revision() == git("rev-parse", "HEAD") + "+changes"
+            changed.write_bytes(before)
+    finally:
+        device.git_revision.cache_clear()
 
 
 def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
@@ -89,15 +103,16 @@ def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
 # --- atomic ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(saved):
+def save_where_files_are_short(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpoint.save(path, models.build("cnn"), **DETAILS)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(saved, tmp_path_factory):
     path, _ = saved
-    before = path.read_bytes()
-    code = (
-        "import resource, models, checkpoint; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        f"checkpoint.save({str(path)!r}, models.build('cnn'), **{DETAILS!r})"
-    )
-    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "File too large" in finished.stderr
+    before, log = path.read_bytes(), tmp_path_factory.mktemp("log") / "log"
+    start_fork(log, save_where_files_are_short, path).join()
+    assert "File too large" in log.read_text()
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 
@@ -118,26 +133,97 @@ def test_what_is_written_reaches_the_disk_before_it_takes_its_name_and_the_name_
     assert done == [("fsync", path.stat().st_size), "replace", ("fsync", "folder")]
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(saved):
+def save_for_ever(path):
+    model = models.build("cnn")
+    print("ready", flush=True)
+    while True:
+        checkpoint.save(path, model, **DETAILS)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(saved, tmp_path_factory):
     path, _ = saved
-    code = (
-        f"import models, checkpoint; print('ready', flush=True); [checkpoint.save({str(path)!r}, "
-        f"models.build('cnn'), **{DETAILS!r}) for _ in range(10**6)]"
-    )
+    log = tmp_path_factory.mktemp("log") / "log"
     for delay in (0.03, 0.05, 0.08):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
+        log.unlink(missing_ok=True)
+        process = start_fork(log, save_for_ever, path)
+        while not (log.exists() and log.read_text()) and process.is_alive():
+            time.sleep(0.01)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert checkpoint.load(path)[1]["epoch"] == 3
+
+
+# --- what a checkpoint says of itself --------------------------------------------------------------------
+
+NAMES = tuple(f"class {number}" for number in range(10))
+
+
+def test_class_names_are_kept_and_those_of_other_data_refused(saved, sample, tmp_path):
+    checkpoint.save(tmp_path / "mine.pt", saved[1], **DETAILS, classes=NAMES)
+    info = checkpoint.load(tmp_path / "mine.pt")[1]
+    assert info["classes"] == list(NAMES)
+    test = sample["test"]
+    checkpoint.check_classes("mine.pt", info, test._replace(classes=NAMES))
+    with pytest.raises(checkpoint.CheckpointError, match=r"^mine\.pt: .*class 0, .*; those of sample are T-shirt"):
+        checkpoint.check_classes("mine.pt", info, test)
+    for other in (NAMES[::-1], CLASSES):
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.check_classes("mine.pt", info, test._replace(classes=other))
+
+
+TEACHER = {"checkpoint": "t.pt", "sha256": "0", "model": "cnn"}
+CAUTIONS = [  # flags, split, kind
+    ({"select": "val"}, "test", None),
+    ({"select": "val"}, "val", "chosen"),
+    ({"select": "val"}, "train", "trained"),
+    ({"select": "test"}, "test", "chosen"),
+    ({"select": "test"}, "val", "trained"),
+    ({"select": "last"}, "test", None),
+    ({"select": "last"}, "val", "trained"),
+    ({"select": "last", "teachers": [TEACHER | {"select": "test"}]}, "test", "teacher"),
+    ({"select": "last", "teachers": [TEACHER | {"select": "val"}]}, "test", None),
+    ({}, "val", "chosen"),  # of an early version, which recorded less
+]
+
+
+@pytest.mark.parametrize(("flags", "split", "kind"), CAUTIONS)
+def test_what_keeps_images_from_being_new_is_said(flags, split, kind, sample):
+    info = {"flags": flags, "data": "sample"}
+    said = checkpoint.caution(info, sample[split])
+    assert (said and said[0]) == kind
+    assert checkpoint.caution(info | {"data": "other"}, sample[split])[0] == "other data"
+    assert checkpoint.caution({}, sample[split])[0] == "unknown"
+
+
+def test_flags_of_earlier_versions_are_read_as_todays():
+    rest = {"deterministic": False, "teachers": []}
+    today = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), **rest}
+    old = {key: value for key, value in today.items() if key not in ("augment", "loss")}
+    old |= {"flip": True, "shift": 1, "still": 0.3, "erase": 0}
+    assert recipes.upgrade(old) == today == recipes.upgrade(today)
+    assert old["flip"] is True  # the caller's dict is not changed
+    earliest = recipes.upgrade({"epochs": 5, "batch_size": 128, "lr": 1e-3, "select": "val"})
+    assert earliest == {"recipe": "published", **recipes.find("published", "mlp")._asdict(), **rest}
+    best = recipes.upgrade({"epochs": 65, "flip": True, "shift": 2, "still": 0.0, "erase": 12})
+    assert best["augment"] == recipes.find("best", "resnet").augment
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("checkpoints/**/*.pt")), ids=lambda path: path.stem)
+def test_every_checkpoint_that_is_shipped_can_be_read(path):
+    _, info = checkpoint.load(path)
+    flags = recipes.upgrade(info["flags"])
+    assert {*recipes.Recipe._fields} <= flags.keys()
+    assert not {"flip", "shift", "still", "erase"} & flags.keys()
+    data.check_names(flags["augment"])
 
 
 # --- someone else's weights ------------------------------------------------------------------------------
 
 
 class TheirNet(nn.Module):
-    """The published CNN as others write it, with layer names of their own."""
+    """The published CNN as others write it, with other layer names."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +240,7 @@ class TheirNet(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", ["plain", "state_dict", "model_state_dict", "data_parallel", "half"])
-def test_a_foreign_state_dict_is_matched_by_order_and_shape_and_said_so(tmp_path, capsys, wrap):
+def test_a_foreign_state_dict_is_matched_by_order_and_shape_with_a_notice(tmp_path, capsys, wrap):
     theirs = TheirNet().eval()
     state = theirs.state_dict()
     if wrap == "data_parallel":
@@ -170,7 +256,7 @@ def test_a_foreign_state_dict_is_matched_by_order_and_shape_and_said_so(tmp_path
     assert "matched to cnn by order and shape" in said
     assert "classifier.4.bias as fc2.bias" in said
     assert said.count("\n") == 1
-    assert info == {"model": "cnn"}
+    assert info == {"model": "cnn", "classes": list(CLASSES)}
     images = torch.rand(4, 1, 28, 28)
     torch.testing.assert_close(model(images), theirs(images))
 
@@ -244,6 +330,14 @@ def write_bad(kind, path, saved_path):
         torch.save(ours | {"model": [torch.zeros(2)]}, path)
     elif kind == "ours, other classes":
         torch.save(ours | {"classes": torch.zeros(10)}, path)
+    elif kind == "ours, nine classes":
+        torch.save(ours | {"classes": ours["classes"][:9]}, path)
+    elif kind == "ours, a long class":
+        torch.save(ours | {"classes": [*ours["classes"][:9], "x" * 41]}, path)
+    elif kind == "ours, other flags":
+        torch.save(ours | {"flags": {"augment": 3, "teachers": 7}}, path)
+    elif kind == "ours, another normalisation":
+        torch.save(ours | {"mean": 0.2860}, path)
 
 
 BAD = {
@@ -271,6 +365,10 @@ BAD = {
     "ours, unknown model": "holds a 'vit'; the models here are mlp, cnn",
     "ours, odd model": "its model is not what a checkpoint holds there",
     "ours, other classes": "its classes is not what",
+    "ours, nine classes": "there must be 10 different class names",
+    "ours, a long class": "is not 1 to 40 printable characters",
+    "ours, other flags": "its flags (is|are) not what",
+    "ours, another normalisation": "another normalisation",
 }
 
 
@@ -286,7 +384,7 @@ def test_a_bad_file_gets_one_clear_line_and_nothing_in_it_runs(saved, tmp_path, 
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "analyze_errors.py"])
-def test_the_scripts_tell_it_in_one_line_too(saved, tmp_path, script):
+def test_the_scripts_say_it_in_one_line_too(saved, tmp_path, script):
     write_bad("malicious", tmp_path / "bad.pt", saved[0])
     assert_one_line_error(run_script(script, tmp_path / "bad.pt", "--data-dir", SAMPLE), "bad.pt: .* refused")
     assert not (tmp_path / "ran").exists()

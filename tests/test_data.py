@@ -1,4 +1,4 @@
-"""data.py: finding, verifying, fetching, splitting and batching, on the real sample."""
+"""data.py and runtime/sources.py: finding, verifying, fetching, splitting and augmenting, on the real sample."""
 
 import gzip
 import hashlib
@@ -7,7 +7,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from conftest import SAMPLE, assert_one_line_error, run_script, start_fork
 from torchvision import transforms
 
 import data
+import recipes
+from runtime import sources
+from runtime.errors import UserError
 
-FILES = tuple(data.PUBLISHED)
+FILES = tuple(sources.PUBLISHED)
 
 
 def copy_sample(folder, raw=False):
@@ -55,7 +57,7 @@ def test_sources_are_tried_in_order(sample_as_published, capsys, monkeypatch):
             monkeypatch.setenv("FMNIST_DIR", str(sample_as_published / name))
         data.load("test", data_dir=sample_as_published / name if name == "given" else None)
         out = capsys.readouterr().out
-        assert out.count("\n") == 1  # one line tells which
+        assert out.count("\n") == 1  # one line says which
         used.append(Path(out.split()[3]).name)
     assert used == ["system", "fetched", "variable", "given"]
 
@@ -103,7 +105,7 @@ def lengthen(folder):
 
 
 def claim_billions(folder):
-    content = struct.pack(">4I", data.IMAGES_MAGIC, 4_000_000_000, 28, 28)
+    content = struct.pack(">4I", sources.IMAGES_MAGIC, 4_000_000_000, 28, 28)
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
 
 
@@ -146,7 +148,7 @@ def test_a_damaged_file_is_named_and_never_used(sample_as_published, sample, cap
     assert torch.equal(test.labels, sample["test"].labels)
 
 
-def test_a_good_copy_beside_a_damaged_one_is_used_and_told(sample_as_published, capsys):
+def test_a_good_copy_beside_a_damaged_one_is_used_and_reported(sample_as_published, capsys):
     folder = copy_sample(sample_as_published / "given", raw=True)
     copy_sample(folder)
     (folder / "t10k-images-idx3-ubyte").write_bytes(b"rubbish")
@@ -154,7 +156,7 @@ def test_a_good_copy_beside_a_damaged_one_is_used_and_told(sample_as_published, 
     assert "used t10k-images-idx3-ubyte.gz beside it" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_told(sample_as_published, capsys):
+def test_a_folder_that_is_not_there_is_reported(sample_as_published, capsys):
     copy_sample(sample_as_published / "system")
     data.load("test", data_dir="/no/such/folder")
     assert "given folder /no/such/folder not used: no such folder" in capsys.readouterr().err
@@ -169,6 +171,67 @@ def test_a_set_with_its_own_sums_is_verified_too_and_has_no_substitute(sample_as
     alter(folder)
     with pytest.raises(data.DataError, match=r"t10k-labels-idx1-ubyte\.gz is altered"):
         data.load("test", data_dir=folder)
+
+
+def test_a_set_that_is_written_is_read_back_with_its_class_names(sample, tmp_path):
+    names = [f"class {number}" for number in range(10)]
+    test = sample["test"]
+    parts = {"train": (test.images[:40], test.labels[:40]), "t10k": (test.images.numpy(), test.labels.numpy())}
+    data.write(tmp_path / "mine", parts, names)
+    train, read = data.load("train+val", "test", data_dir=tmp_path / "mine")
+    assert read.classes == train.classes == tuple(names)
+    assert read.source == "mine"
+    assert torch.equal(read.images, test.images)
+    assert torch.equal(read.labels, test.labels)
+    assert len(train.labels) == 40
+    assert sample["test"].classes == data.CLASSES  # of a set without names of its own
+
+
+NAMES = {
+    ("a\n" * 10): "there must be 10 different class names",
+    "".join(f"class {number}\n" for number in range(9)): "there must be 10 different class names, .* not 9",
+    "".join(f"class {number}\n" for number in range(9)) + "\x1b[2J\n": "is not 1 to 40 printable characters",
+    "".join(f"class {number}\n" for number in range(9)) + "x" * 41: "is not 1 to 40 printable characters",
+}
+
+
+@pytest.mark.parametrize("content", NAMES, ids=["the same", "nine", "controls", "too long"])
+def test_class_names_that_are_not_ten_good_ones_are_refused(content, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path / "mine")
+    (tmp_path / "mine" / "classes.txt").write_text(content)
+    with pytest.raises(data.DataError, match=NAMES[content]) as caught:
+        data.load("test", data_dir=tmp_path / "mine")
+    assert str(caught.value).isprintable()
+
+
+def test_class_names_that_are_altered_or_missing_are_noticed(sample, tmp_path):
+    test = sample["test"]
+    data.write(tmp_path, {"t10k": (test.images, test.labels)}, [f"class {number}" for number in range(10)])
+    path = tmp_path / "classes.txt"
+    path.write_text(path.read_text().replace("class 3", "class three"))
+    with pytest.raises(data.DataError, match=r"classes\.txt is altered"):
+        data.load("test", data_dir=tmp_path)
+    path.unlink()
+    with pytest.raises(data.DataError, match=r"classes\.txt is missing"):
+        data.load("test", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda images, labels: (images.float(), labels), "images must be uint8"),
+        (lambda images, labels: (images[1:], labels), r"images must be uint8 \(500, 28, 28\)"),
+        (lambda images, labels: (images, labels - 1), "labels must be whole numbers from 0 to 9"),
+        (lambda images, labels: (images, labels + 1), "labels must be whole numbers from 0 to 9"),
+        (lambda images, labels: (images, labels.float()), "labels must be whole numbers"),
+        (lambda images, labels: (images[:0], labels[:0]), "images must be uint8"),
+    ],
+    ids=["floats", "too few images", "below 0", "above 9", "fractions", "nothing"],
+)
+def test_what_is_no_data_set_is_not_written(sample, tmp_path, change, reason):
+    with pytest.raises(data.DataError, match=reason):
+        data.write(tmp_path, {"t10k": change(sample["test"].images, sample["test"].labels)})
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- fetching --------------------------------------------------------------------------------------------
@@ -205,16 +268,16 @@ def test_a_download_is_verified_stored_for_torchvision_and_found_again(
     sample_as_published, sample, mirror, monkeypatch, capfd
 ):
     nothing = "http://127.0.0.1:9/"  # the discard port: nobody answers
-    monkeypatch.setattr(data, "MIRRORS", (nothing, mirror.url))
+    monkeypatch.setattr(sources, "MIRRORS", (nothing, mirror.url))
     train, test = data.load("train+val", "test")
     assert torch.equal(train.images, sample["train+val"].images)
     captured = capfd.readouterr()
     assert captured.err.count(f"{nothing} failed: ") == 1
     assert "100%" in captured.err  # of the progress bar
-    raw = data.FETCHED / "FashionMNIST" / "raw"
+    raw = sources.FETCHED / "FashionMNIST" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == sorted(FILES)
-    assert not list(data.FETCHED.glob("fetching-*"))
-    monkeypatch.setattr(data, "MIRRORS", ())
+    assert not list(sources.FETCHED.glob("fetching-*"))
+    monkeypatch.setattr(sources, "MIRRORS", ())
     assert torch.equal(data.load("test")[0].images, test.images)
 
 
@@ -223,33 +286,31 @@ def test_an_altered_download_is_refused_and_the_next_source_tried(
 ):
     mirror.folder = copy_sample(tmp_path / "altered")
     alter(mirror.folder)
-    monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+    monkeypatch.setattr(sources, "MIRRORS", (mirror.url,))
     monkeypatch.setenv("PATH", "")  # no apt-get either
     with pytest.raises(data.DataError, match=r"--data-dir FOLDER"):
         data.load("test")
     err = capfd.readouterr().err
     assert "failed: t10k-labels-idx1-ubyte.gz is altered" in err
     assert "Debian package failed: no apt-get" in err
-    assert not list(data.FETCHED.rglob("*ubyte*"))
+    assert not list(sources.FETCHED.rglob("*ubyte*"))
 
 
-def start_fetching(folder, url):
-    sums = {line.split()[1]: line.split()[0] for line in (SAMPLE / "SHA256SUMS").read_text().splitlines()}
-    code = (
-        "import data; from pathlib import Path; "
-        f"data.PUBLISHED = {sums!r}; data.FETCHED = Path({str(folder)!r}); data.SYSTEM = Path('/none'); "
-        f"data.MIRRORS = ({url!r},); data.load('train', 'test')"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def fetch(folder, url):
+    lines = (line.split() for line in (SAMPLE / "SHA256SUMS").read_text().splitlines())
+    sources.PUBLISHED = data.PUBLISHED = {name: digest for digest, name in lines}
+    sources.FETCHED, sources.SYSTEM, sources.MIRRORS = folder, Path("/none"), (url,)
+    data.load("train", "test")
 
 
 def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
     mirror.delay = 0.4
-    both = [start_fetching(tmp_path / "fetched", mirror.url) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    logs = [tmp_path / name for name in "ab"]
+    both = [start_fork(log, fetch, tmp_path / "fetched", mirror.url) for log in logs]
+    for process in both:
+        process.join(120)
+    said = [log.read_text() for log in logs]
+    assert [process.exitcode for process in both] == [0, 0], said
     assert sorted(("fetching 30 MB" in text, "waiting for another process" in text) for text in said) == [
         (False, True),
         (True, False),
@@ -257,17 +318,17 @@ def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
 
 
 def test_a_fetch_that_was_killed_leaves_nothing_that_is_used_or_stays(mirror, tmp_path):
-    mirror.delay = 1
-    first = start_fetching(tmp_path / "fetched", mirror.url)
-    while len(mirror.counts) < 2 and first.poll() is None:  # until in the middle of the second file
-        time.sleep(0.05)
+    mirror.delay = 0.5
+    first = start_fork(tmp_path / "log", fetch, tmp_path / "fetched", mirror.url)
+    while len(mirror.counts) < 2 and first.is_alive():  # until in the middle of the second file
+        time.sleep(0.02)
     first.kill()
-    first.communicate()
+    first.join()
     assert list((tmp_path / "fetched").glob("fetching-*"))
     mirror.delay = 0
-    second = start_fetching(tmp_path / "fetched", mirror.url)
-    said = second.communicate(timeout=120)[0]
-    assert second.returncode == 0, said
+    second = start_fork(tmp_path / "log", fetch, tmp_path / "fetched", mirror.url)
+    second.join(120)
+    assert second.exitcode == 0, (tmp_path / "log").read_text()
     assert not list((tmp_path / "fetched").glob("fetching-*"))
 
 
@@ -289,15 +350,15 @@ def test_the_debian_package_is_fetched_by_the_real_apt(sample_as_published, samp
         f'Dir::Etc::sourcelist "{repository}/sources.list";\nDir::Etc::sourceparts "-";\n'
     )
     monkeypatch.setenv("APT_CONFIG", str(repository / "apt.conf"))
-    files = data._fetch(FILES)
+    files = sources._fetch(FILES)
     assert np.array_equal(files["t10k-images-idx3-ubyte"], sample["test"].images.numpy())
     captured = capfd.readouterr()
     assert "from Debian package (SHA-256 verified)" in captured.out
     assert "apt-get download 100%" in captured.err
-    assert not list(data.FETCHED.glob("fetching-*"))
+    assert not list(sources.FETCHED.glob("fetching-*"))
 
 
-def test_a_script_tells_missing_data_in_one_line(tmp_path):
+def test_a_script_reports_missing_data_in_one_line(tmp_path):
     (tmp_path / "SHA256SUMS").write_text("")
     finished = run_script("train.py", "--model", "mlp", "--data-dir", tmp_path, "--checkpoint-dir", tmp_path / "new")
     assert_one_line_error(finished, "train-images-idx3-ubyte.* is missing")
@@ -356,27 +417,54 @@ def test_normalisation_in_bfloat16_is_that_of_float32_rounded_once():
     assert torch.equal(data.normalise(every, torch.bfloat16), data.normalise(every).to(torch.bfloat16))
 
 
+# --- augmentation ----------------------------------------------------------------------------------------
+
+
 def test_augmentation_mirrors_moves_and_erases_as_asked(sample):
     images = sample["train"].images[:200]
     torch.manual_seed(0)
-    assert torch.equal(data.augment(images), images)
-    mirrored = (data.augment(images, flip=True) == images.flip(2)).all((1, 2))
+    assert torch.equal(data.augment(images, {}), images)
+    mirrored = (data.augment(images, {"flip": 0.5}) == images.flip(2)).all((1, 2))
     assert 60 < mirrored.sum() < 140
-    assert torch.equal(data.augment(images[mirrored], flip=False), images[mirrored])
+    assert torch.equal(data.augment(images[mirrored], {}), images[mirrored])
 
-    moved = data.augment(images, shift=2)
+    moved = data.augment(images, {"shift": 2})
     frame = torch.nn.functional.pad(images, (2,) * 4)
     offsets = [(frame[:, i : i + 28, j : j + 28] == moved).all((1, 2)) for i in range(5) for j in range(5)]
     assert torch.stack(offsets).any(0).all()  # each image is itself, moved by up to two pixels
     assert sum(offset.any() for offset in offsets) > 20  # by nearly every offset, image by image
-    moved = data.augment(images, shift=2, still=0.5)
+    moved = data.augment(images, {"shift": [2, 0.5]})
     assert 90 < (moved == images).all((1, 2)).sum() < 140  # half of them, and by chance some of the others
 
     white = torch.full((500, 28, 28), 255, dtype=torch.uint8)
-    black = (data.augment(white, erase=6) == 0).sum((1, 2))
+    black = (data.augment(white, {"erase": 6}) == 0).sum((1, 2))
     assert black.max() == 36
     assert black.min() >= 9  # a corner of it, at the border
     assert torch.equal(images, sample["train"].images[:200])  # the split itself is never changed
+
+
+def test_augmentations_are_applied_in_one_order_however_a_recipe_writes_them(sample):
+    images, values = sample["train"].images[:50], {"flip": 0.5, "shift": [2, 0.3], "erase": 6}
+    results = []
+    for names in (values, reversed(values)):
+        torch.manual_seed(0)
+        results.append(data.augment(images, {name: values[name] for name in names}))
+    assert torch.equal(*results)
+
+
+def test_an_augmentation_that_is_misspelt_or_unused_is_one_clear_line(sample, monkeypatch):
+    data.check_augmentations(recipes.RECIPES)  # which are right
+    with pytest.raises(UserError, match=r"augmentation 'filp' is not in data\.py, which has flip, shift, erase$"):
+        data.augment(sample["train"].images[:5], {"filp": 0.5})
+    row = recipes.Recipe(epochs=1, augment={"filp": 0.5})
+    with pytest.raises(UserError, match=r"^recipes\.py, row best, cnn: augmentation 'filp' is not in data\.py"):
+        data.check_augmentations({"best": {"cnn": row}})
+    monkeypatch.setattr(data, "AUGMENTATIONS", data.AUGMENTATIONS | {"blur": data.flip})
+    with pytest.raises(UserError, match=r"no row of recipes\.py uses the augmentation 'blur'"):
+        data.check_augmentations(recipes.RECIPES)
+
+
+# --- seeds -----------------------------------------------------------------------------------------------
 
 
 def test_every_place_in_a_run_has_a_seed_of_its_own_whatever_is_asked_for():
@@ -388,4 +476,4 @@ def test_every_place_in_a_run_has_a_seed_of_its_own_whatever_is_asked_for():
     assert data.derive_seeds(0, 1, n=2) == [
         2918264622725855778,
         4405800739349447345,
-    ]  # for good: published results hang on them
+    ]  # for good: published results depend on them

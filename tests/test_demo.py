@@ -33,7 +33,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
 def page(request, browser, address):
-    """The page in Chromium, which has no way to any other address."""
+    """The page in Chromium, which cannot reach any other address."""
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     page, page.outside = context.new_page(), []
@@ -48,19 +48,19 @@ def page(request, browser, address):
 
 
 def again(page):
-    """The page as it is at first."""
+    """Load the page anew."""
     page.reload()
     page.get_by_text("What garment is it?").wait_for(timeout=60_000)
     page.wait_for_timeout(1000)
 
 
 def answers(page):
-    """Once there are any: the answer of each model."""
+    """Wait for the answer of each model, and return them."""
     page.locator("h2[data-testid=label-output-value]").nth(1).wait_for(timeout=60_000)
     return [text.strip() for text in page.locator("h2[data-testid=label-output-value]").all_inner_texts()]
 
 
-def test_a_picture_is_answered_by_both_models_with_all_that_explains_it(page, sample, tmp_path):
+def test_a_picture_is_answered_by_both_models_and_explained(page, sample, tmp_path):
     image = Image.fromarray(sample["test"].images[0].numpy()).resize((200, 200), Image.Resampling.NEAREST)
     ImageOps.expand(ImageOps.invert(image), 30, fill=255).save(tmp_path / "own.jpg", quality=80)
     page.set_input_files("input[type=file] >> nth=0", tmp_path / "own.jpg")
@@ -71,7 +71,7 @@ def test_a_picture_is_answered_by_both_models_with_all_that_explains_it(page, sa
     assert page.outside == []
 
 
-def test_what_is_no_picture_is_told(page, tmp_path):
+def test_a_file_that_is_not_a_picture_is_an_error_on_the_page(page, tmp_path):
     (tmp_path / "none.png").write_text("not a picture")
     again(page)
     page.set_input_files("input[type=file] >> nth=0", tmp_path / "none.png")

@@ -1,22 +1,23 @@
-"""A student learns what its teachers answer, and a run knows its teachers again."""
+"""training/distill.py: a student learns what its teachers answer, and a run remembers its teachers."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, run_script, six_views
+from conftest import SAMPLE, assert_one_line_error, run_script, six_views, stop_at_the_first_look
 from torch.nn import functional as F
 
 import checkpoint
-import cli
 import data
-import distill
 import engine
 import models
 import recipes
+from runtime import cli
+from runtime.files import file_sha256
+from training import distill
 
-RECIPE = recipes.Recipe(epochs=1, flip=True, shift=1, distillation=0.9, temperature=4.0)
+RECIPE = recipes.Recipe(epochs=1, augment={"flip": 0.5, "shift": 1}, distillation=0.9, temperature=4.0)
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def train(folder, *flags, model="mlp"):
-    return run_script("train.py", "--model", model, "--data-dir", SAMPLE, "--checkpoint-dir", folder, *flags)
+def train(folder, *flags, **how):
+    return run_script("train.py", "--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", folder, *flags, **how)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_answers_are_mean_probabilities_of_all_views_and_are_kept(sample, teache
     assert torch.equal(distill.answers(distill.describe(teachers), split), answers)
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(TypeError):  # a damaged file is not taken: the networks are asked again
+    with pytest.raises(TypeError):  # a damaged file is not used: the networks are asked again
         distill.answers(distill.describe(teachers), split)
 
 
@@ -57,11 +58,15 @@ def test_the_loss_is_hintons():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 10, generator=generator, requires_grad=True)
     teacher, labels = torch.randn(64, 10, generator=generator), torch.arange(64) % 10
-    engine.loss_of(logits, labels, teacher, RECIPE).backward()
+    loss = engine.loss_of(logits, labels, teacher, RECIPE)
+    loss.backward()
     again = logits.detach().requires_grad_()
     divergence = F.kl_div((again / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
     (0.1 * F.cross_entropy(again, labels) + 0.9 * 16 * divergence).backward()
     torch.testing.assert_close(logits.grad, again.grad)
+    each = engine.loss_of(logits, labels, teacher, RECIPE, "none")
+    torch.testing.assert_close(each.mean(), loss)
+    torch.testing.assert_close(each.sum(), engine.loss_of(logits, labels, teacher, RECIPE, "sum"))
 
 
 def test_a_student_answers_as_its_teacher_does(sample, teachers, cache):
@@ -76,20 +81,17 @@ def test_a_student_answers_as_its_teacher_does(sample, teachers, cache):
     assert (taught == teacher).double().mean() > 0.75  # it has seen no right label
 
 
-def test_a_distilled_run_says_who_taught_it_and_goes_on_without_being_told(teachers, tmp_path):
+def test_a_distilled_run_says_who_taught_it_and_resumes_without_its_flags(teachers, tmp_path):
     flags = ["--recipe", "distilled", "--epochs", 3]
     taught = train(tmp_path / "whole", *flags, "--teacher", *teachers)
     assert taught.returncode == 0, taught.stderr
     history = json.loads((tmp_path / "whole" / "best_mlp_fmnist.json").read_text())
     assert [teacher["model"] for teacher in history["flags"]["teachers"]] == ["cnn", "mlp"]
-    assert history["flags"]["teachers"][0]["sha256"] == checkpoint.file_sha256(teachers[0])
+    assert history["flags"]["teachers"][0]["sha256"] == file_sha256(teachers[0])
 
     own = tmp_path / "teacher.pt"
     shutil.copy(teachers[0], own)
-    stopped = run_script(
-        "train.py", "--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path / "cut", *flags, "--teacher",
-        own, before=stop_at_the_first_look,
-    )  # fmt: skip
+    stopped = train(tmp_path / "cut", *flags, "--teacher", own, before=stop_at_the_first_look)
     assert stopped.returncode == 143
     assert_one_line_error(train(tmp_path / "cut", "--resume", "--teacher", teachers[1]), "--teacher was .*leave the")
     content = own.read_bytes()
@@ -97,11 +99,6 @@ def test_a_distilled_run_says_who_taught_it_and_goes_on_without_being_told(teach
     assert_one_line_error(train(tmp_path / "cut", "--resume"), "no longer the teacher this run began with")
     own.write_bytes(content)
     assert train(tmp_path / "cut", "--resume").returncode == 0
-
-
-def stop_at_the_first_look():
-    count = engine.Training._count
-    engine.Training._count = lambda *arguments: count(*arguments) or True
 
 
 def test_a_teacher_and_the_recipe_that_needs_one_go_together(teachers, tmp_path):
@@ -121,5 +118,12 @@ def test_what_a_teacher_was_chosen_on_is_remembered(teachers, tmp_path):
     assert train(tmp_path / "c", *flags, teachers[0], "--select", "val").returncode == 0
 
 
+def test_a_teacher_of_other_classes_is_refused(sample, teachers, tmp_path, cache):
+    names = tuple(f"class {number}" for number in range(10))
+    with pytest.raises(checkpoint.CheckpointError, match=r"best_cnn_fmnist\.pt: trained for the classes T-shirt"):
+        distill.answers(distill.describe(teachers), sample["train"]._replace(classes=names))
+    assert not cache.exists()
+
+
 def test_the_cache_lies_inside_the_clone():
-    assert distill.CACHE.is_relative_to(cli.HERE / ".cache")
+    assert distill.CACHE.is_relative_to(cli.ROOT / ".cache")

@@ -1,7 +1,8 @@
-"""evaluate.py as a user runs it."""
+"""evaluate.py and analysis/evaluation.py, as a user runs them."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +15,12 @@ from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_su
 import checkpoint
 import data
 import engine
+import metrics
 from data import CLASSES
 
 
-def evaluate(*arguments):
-    return run_script("evaluate.py", *arguments, "--data-dir", SAMPLE)
+def evaluate(*arguments, data_dir=SAMPLE, **how):
+    return run_script("evaluate.py", *arguments, "--data-dir", data_dir, **how)
 
 
 @pytest.mark.parametrize("split", ["test", "val", "train"])
@@ -61,11 +63,61 @@ def test_several_checkpoints_are_compared(trained, sample, tmp_path):
     first, _, third = content["mcnemar"]
     assert (first["only_a"], first["only_b"]) == ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum())
     assert third["p_value"] == 1  # a checkpoint against itself
-    assert (
-        f" 1 against  2: {first['only_a']:>5} to {first['only_b']:>5}   p = {first['p_value']:.2g}" in finished.stdout
-    )
+    adjusted = metrics.holm([pair["p_value"] for pair in content["mcnemar"]])
+    assert [pair["p_holm"] for pair in content["mcnemar"]] == adjusted
+    counts = f" 1 against  2: {first['only_a']:>5} to {first['only_b']:>5}"
+    p_values = f"p = {first['p_value']:.2g}   with Holm's correction {first['p_holm']:.2g}"
+    assert f"{counts}   {p_values}\n" in finished.stdout
     (mean,) = content["means"]
     assert (mean["model"], mean["n"], mean["sd"]) == ("cnn", 2, 0)
+
+
+def test_one_pair_needs_no_correction(trained):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn")]
+    finished = evaluate(*paths)
+    assert re.search(r" 1 against  2: .* p = [\d.e-]+\n", finished.stdout)
+    assert "Holm" not in finished.stdout
+
+
+def add_a_metric():
+    @metrics.metric("share of bags", unit="of all answers")
+    def bags(logits, labels):
+        return (logits.argmax(1) == CLASSES.index("Bag")).double().mean()
+
+
+def test_a_metric_that_someone_adds_is_printed_and_written(trained, sample, tmp_path):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn")]
+    finished = evaluate(paths[1], "--json", tmp_path / "m.json", before=add_a_metric)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((tmp_path / "m.json").read_text())
+    predicted = engine.predict_logits(checkpoint.load(paths[1])[0], sample["test"]).argmax(1)
+    assert result["bags"] == (predicted == CLASSES.index("Bag")).double().mean().item()
+    assert f"  share of bags               {result['bags']:.4f} of all answers\n" in finished.stdout
+    several = evaluate(*paths, before=add_a_metric).stdout
+    assert re.search(rf"log loss +ece +bags\n.*\n.*best_cnn_fmnist.pt .* +{result['bags']:.4f}\n", several)
+
+
+@pytest.fixture
+def own_set(tmp_path):
+    """The sample under ten other class names, and a checkpoint that was trained on it."""
+    shutil.copytree(SAMPLE, tmp_path / "own")
+    names = [f"my class {number}" for number in range(10)]
+    (tmp_path / "own" / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    flags = ["--model", "mlp", "--epochs", 1, "--data-dir", tmp_path / "own", "--checkpoint-dir", tmp_path]
+    assert run_script("train.py", *flags).returncode == 0
+    return tmp_path / "own", tmp_path / "best_mlp_fmnist.pt", names
+
+
+def test_the_classes_are_those_of_the_data_and_a_checkpoint_of_others_is_refused(own_set, trained):
+    folder, path, names = own_set
+    assert checkpoint.load(path)[1]["classes"] == json.loads(path.with_suffix(".json").read_text())["classes"] == names
+    finished = evaluate(path, data_dir=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert re.findall(r"^(my class \d)  +\d", finished.stdout, re.MULTILINE) == names
+    assert not any(name in finished.stdout for name in CLASSES)
+    assert_one_line_error(evaluate(path), "best_mlp_fmnist.pt: trained for the classes my class 0, .*T-shirt/top")
+    other = trained[0] / "best_cnn_fmnist.pt"
+    assert_one_line_error(evaluate(path, other, data_dir=folder), "best_cnn_fmnist.pt: trained for the classes T-shirt")
 
 
 def test_an_ensemble_answers_with_the_mean_probabilities(trained, sample, tmp_path):
@@ -86,7 +138,7 @@ def test_an_ensemble_answers_with_the_mean_probabilities(trained, sample, tmp_pa
     assert_one_line_error(evaluate(paths[0], "--ensemble"), "--ensemble needs two checkpoints")
 
 
-def test_test_time_augmentation_is_told_apart_from_the_plain_answer(trained, sample, tmp_path):
+def test_test_time_augmentation_is_a_result_beside_the_plain_answer(trained, sample, tmp_path):
     path = trained[0] / "best_cnn_fmnist.pt"
     finished = evaluate(path, "--tta", "--json", tmp_path / "t.json")
     assert finished.returncode == 0, finished.stderr

@@ -1,4 +1,6 @@
-"""export.py: an ONNX file that answers as the checkpoint does."""
+"""export.py: the ONNX file has the logits of the checkpoint."""
+
+import json
 
 import numpy as np
 import onnx
@@ -7,6 +9,7 @@ from conftest import SAMPLE, assert_one_line_error, run_script
 
 import checkpoint
 import engine
+from data import CLASSES
 
 
 def export(*arguments):
@@ -24,9 +27,10 @@ def test_onnx_runtime_answers_as_pytorch_for_any_batch(trained, sample, tmp_path
         (logits,) = session.run(None, {"pixels": sample["test"].images[:n].numpy()})
         np.testing.assert_allclose(logits, expected[:n], atol=1e-4)
     assert "batch of 256: PyTorch" in finished.stdout
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(CLASSES)
 
 
-def test_nothing_is_overwritten_unasked(trained, tmp_path):
+def test_an_existing_file_is_kept_unless_named(trained, tmp_path):
     path = tmp_path / "best_mlp_fmnist.pt"
     path.write_bytes((trained[0] / path.name).read_bytes())
     path.with_suffix(".onnx").write_text("of somebody")

@@ -40,7 +40,7 @@ def test_orthogonalising_leaves_the_directions_and_evens_out_their_sizes(shape):
     result = optim.orthogonalise((u * sizes) @ v.t())
     expected = sizes / sizes.norm()
     a, b, c = optim.NEWTON_SCHULZ
-    for _ in range(optim.NEWTON_SCHULZ_STEPS):  # the post's iteration, of which ours is a rearrangement
+    for _ in range(optim.NEWTON_SCHULZ_STEPS):  # the iteration as published; ours is a rearrangement of it
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(u.t() @ result @ v, expected.diag(), atol=0.02, rtol=0.02)
 

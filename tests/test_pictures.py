@@ -1,4 +1,4 @@
-"""pictures.py: whatever the file, its size, ground or damage, it ends as an image of the data set, or in a line."""
+"""pictures/: any file, whatever its size, background or damage, becomes an image of the data set or one line."""
 
 import io
 import random
@@ -11,7 +11,8 @@ from PIL import Image
 
 import checkpoint
 import engine
-import pictures
+from pictures.convert import convert
+from pictures.read import PictureError, read
 
 INTERPOLATIONS = [Image.Resampling.NEAREST, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
 
@@ -21,12 +22,12 @@ def images(sample):
     return sample["test"].images.numpy()
 
 
-def enlarged(image, chance, interpolation=Image.Resampling.NEAREST, ground=255):
-    """An image of the data set as somebody might have it: large, on a light (or dark) ground, not in the middle."""
+def enlarged(image, chance, interpolation=Image.Resampling.NEAREST, background=255):
+    """An image of the data set as a user might have it: large, on a light (or dark) background, off-centre."""
     edge = round(28 * chance.uniform(4, 20))
-    garment = Image.fromarray(255 - image if ground else image).resize((edge, edge), interpolation)
+    garment = Image.fromarray(255 - image if background else image).resize((edge, edge), interpolation)
     left, top, right, bottom = (chance.randrange(edge // 2) for _ in range(4))
-    picture = Image.new("L", (left + edge + right, top + edge + bottom), ground)
+    picture = Image.new("L", (left + edge + right, top + edge + bottom), background)
     picture.paste(garment, (left, top))
     return picture
 
@@ -38,7 +39,7 @@ def saved(picture, form="PNG", **options):
 
 
 def seen(content):
-    return pictures.convert(pictures.read(content))
+    return convert(read(content))
 
 
 def test_images_of_the_data_set_pass_unchanged(images):
@@ -57,27 +58,27 @@ def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, s
     assert (before == after).double().mean() > 0.95
 
 
-def test_the_ground_may_be_light_or_dark(images):
+def test_the_background_may_be_light_or_dark(images):
     chance = random.Random(0)
     for image in images[:20]:
-        light, dark = (seen(saved(enlarged(image, random.Random(7), ground=ground))) for ground in (255, 0))
+        light, dark = (seen(saved(enlarged(image, random.Random(7), background=background))) for background in (255, 0))
         assert np.abs(light.astype(int) - dark).mean() < 1
     grey = Image.eval(enlarged(images[0], chance), lambda value: value * 200 // 255)
-    assert seen(saved(grey))[0, 0] == 0  # a grey ground is black in the end too
+    assert seen(saved(grey))[0, 0] == 0  # a grey background becomes black, too
 
 
 def forms(garment):
-    """The same picture (L, on white) in every form: name, bytes."""
+    """Yield the same picture (L, on white) in every form: name, bytes."""
     white, rgb = Image.new("L", garment.size, 255), garment.convert("RGB")
     clear = rgb.convert("RGBA")
     clear.putalpha(garment.point(lambda value: 0 if value > 250 else 255))
     palette = clear.quantize(64)
     sixteen = Image.fromarray(np.asarray(garment).astype(np.uint16) * 257)
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned clockwise by a viewer
+    turned[0x0112] = 6  # a viewer turns it clockwise
     yield "grey PNG", saved(garment)
     yield "RGB PNG", saved(rgb)
-    yield "RGBA PNG, transparent ground", saved(clear)
+    yield "RGBA PNG, transparent background", saved(clear)
     yield "LA PNG", saved(clear.convert("LA"))
     yield "palette PNG with transparency", saved(palette)
     yield "GIF with transparency", saved(clear, "GIF")
@@ -99,7 +100,7 @@ def test_every_form_of_a_picture_is_seen_alike(images):
 
 
 def test_from_the_smallest_to_the_largest():
-    with pytest.raises(pictures.PictureError, match="all of one colour"):
+    with pytest.raises(PictureError, match="all of one colour"):
         seen(saved(Image.new("RGB", (1, 1), "red")))
     two = Image.new("L", (2, 1), 255)
     two.putpixel((0, 0), 0)
@@ -109,13 +110,13 @@ def test_from_the_smallest_to_the_largest():
     result = seen(saved(large))
     assert result.max() == 255
     assert (result[:, 13:15] > 200).all()
-    with pytest.raises(pictures.PictureError, match="too many"):
+    with pytest.raises(PictureError, match="too many"):
         seen(saved(Image.new("1", (12_001, 12_000))))
 
 
 def test_damage_ends_in_one_line(images, tally, tries):
-    """Truncated, altered, foreign, empty: a picture is seen, or a PictureError raised, and nothing else."""
-    chance, told, lost, wrong = random.Random(0), 0, [], []
+    """A truncated, altered, foreign or empty file is read or raises PictureError; nothing else happens."""
+    chance, refused, lost, wrong = random.Random(0), 0, [], []
     contents = [content for _, content in forms(enlarged(images[1], chance))]
     for number in range(300 * tries):
         content = bytearray(contents[number % len(contents)])
@@ -132,16 +133,16 @@ def test_damage_ends_in_one_line(images, tally, tries):
         try:
             if seen(bytes(content)).shape != (28, 28):
                 wrong.append(number)
-        except pictures.PictureError:
-            told += 1
+        except PictureError:
+            refused += 1
         except Exception as error:
             lost.append(f"{number}: {error!r}")
-    assert told > 100
+    assert refused > 100
     tally("malformed or odd picture", 300 * tries, lost, wrong)
 
 
 def test_a_huge_header_is_refused_before_any_memory_is_taken():
     png = bytearray(saved(Image.new("L", (10, 10))))
     png[16:24] = (2**31 - 1).to_bytes(4, "big") * 2  # width and height of the header
-    with pytest.raises(pictures.PictureError):
-        pictures.read(bytes(png))
+    with pytest.raises(PictureError):
+        read(bytes(png))

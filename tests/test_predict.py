@@ -1,8 +1,10 @@
 """predict.py as a user runs it."""
 
+import ast
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -13,18 +15,19 @@ from PIL import Image
 
 import checkpoint
 import engine
+from analysis.classify import SURE
 from data import CLASSES
 
 
 @pytest.fixture
 def folder(sample, tmp_path):
-    """Twenty test images as PNG files in a folder and one below it, with a hidden file and one that is no picture."""
+    """Twenty test images as PNG files in a folder and a subfolder, with a hidden file and one that is not a picture."""
     (tmp_path / "in" / "more").mkdir(parents=True)
     for number, image in enumerate(sample["test"].images[:20].numpy()):
         name = f"more/{number:02}.png" if number > 14 else f"{number:02}.png"
         Image.fromarray(image).save(tmp_path / "in" / name)
     (tmp_path / "in" / "notes.txt").write_text("not a picture")
-    (tmp_path / "in" / ".hidden").write_text("not looked at")
+    (tmp_path / "in" / ".hidden").write_text("skipped without a word")
     return tmp_path / "in"
 
 
@@ -32,7 +35,7 @@ def predict(*arguments, **options):
     return run_script("predict.py", *arguments, **options)
 
 
-def test_a_folder_is_classified_and_what_is_no_picture_is_told_and_passed_over(folder, sample):
+def test_a_folder_is_classified_and_a_file_that_is_not_a_picture_is_skipped_with_a_line(folder, sample):
     finished = predict(folder, "--json", "--top", 10)
     assert finished.returncode == 1
     errors = [line for line in finished.stderr.splitlines() if "notes.txt" in line]
@@ -77,7 +80,7 @@ def test_what_the_network_saw_is_drawn(folder, tmp_path):
     assert np.asarray(Image.open(tmp_path / "seen.png")).std() > 10
 
 
-def test_probabilities_are_calibrated_or_said_not_to_be(folder, trained, tmp_path):
+def test_probabilities_are_calibrated_or_a_line_says_that_they_are_not(folder, trained, tmp_path):
     own = trained[0] / "best_cnn_fmnist.pt"
     history = json.loads(own.with_suffix(".json").read_text())
     assert history["temperature"] > 0
@@ -88,6 +91,21 @@ def test_probabilities_are_calibrated_or_said_not_to_be(folder, trained, tmp_pat
     uncalibrated = predict(folder / "00.png", "--checkpoint", bare, "--json")
     assert "not calibrated" in uncalibrated.stderr
     assert uncalibrated.stdout != finished.stdout
+
+
+def test_the_help_names_the_limit_of_not_sure():
+    assert f"{SURE:.0%}" in predict("--help").stdout
+
+
+def test_the_lines_for_use_from_python_work(sample, monkeypatch, capsys):
+    documented = (ROOT / "docs" / "pictures.md").read_text()
+    lines, written = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(lines, {"images": sample["test"].images[:20].numpy()})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    truth = [CLASSES[k] for k in sample["test"].labels[:20]]
+    assert sum(answer == true for answer, true in zip(answers, truth, strict=True)) > 15
+    assert "data.write(" in written  # test_own_classes.py writes such a set
 
 
 def test_bad_arguments_get_one_clear_line(folder, tmp_path):

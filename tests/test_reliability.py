@@ -1,4 +1,4 @@
-"""No fault costs a run: whatever cuts it off, --resume brings it to the very bits of a run that nothing has cut off."""
+"""No fault costs a run: whatever cuts it off, --resume finishes it bit-identical to an uninterrupted run."""
 
 import ctypes
 import gzip
@@ -15,34 +15,45 @@ import time
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SAMPLE, in_a_fork, start_training
+from conftest import SAMPLE, in_a_fork, start_training, stop_at_the_first_look
 
 import checkpoint
-import record
+import data
+import engine
+from runtime import files
+from training import record
+from training import run as training_run
 
 TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
-EPOCHS = {  # of runs that take about a second
-    ("mlp", "published"): 12,
-    ("cnn", "published"): 3,
-    ("mlp", "fast"): 6,
-    ("cnn", "fast"): 2,
-    ("mlp", "best"): 6,
-    ("cnn", "best"): 2,
-}
-ALWAYS = ("--save-every", "0.001")  # which is every 25 steps: several times an epoch
-CNN, MLP = ("cnn", "published"), ("mlp", "published")
+
+
+class Kind(NamedTuple):
+    """A kind of run."""
+
+    model: str
+    recipe: str
+    epochs: int  # so many that it takes about a second
+    batch_size: int = 16
+
+
+CNN, MLP = Kind("cnn", "published", 3), Kind("mlp", "published", 12)
+FAST_CNN = Kind("cnn", "fast", 2)
+KINDS = (MLP, CNN, Kind("mlp", "fast", 6), FAST_CNN, Kind("mlp", "best", 6), Kind("cnn", "best", 2))
+SHORT = Kind("mlp", "published", 3, 40)  # saved once an epoch, in a tenth of a second
+ALWAYS = ("--save-every", "0.001")  # seconds: at every look, which is every 25 steps
 
 
 def flags(kind):
-    model, recipe = kind
-    return ["--model", model, "--recipe", recipe, "--epochs", EPOCHS[kind], "--batch-size", 16, "--data-dir", SAMPLE]
+    values = {f"--{name.replace('_', '-')}": value for name, value in kind._asdict().items()}
+    return [*(word for pair in values.items() for word in pair), "--data-dir", SAMPLE]
 
 
 def start(folder, kind, *more, before=None):
-    """Start a run of that kind in the folder; what it says goes to a file beside it."""
+    """Start a run of that kind in the folder; it prints to a file beside it."""
     return start_training(folder.with_suffix(".log"), *flags(kind), "--checkpoint-dir", folder, *more, before=before)
 
 
@@ -52,7 +63,7 @@ def said(folder):
 
 
 def wait_for(pattern, folder, process):
-    """Until a run has said that, or has ended."""
+    """Wait until a run has printed that, or has ended."""
     while not re.search(pattern, said(folder), re.MULTILINE) and process.is_alive():
         time.sleep(0.01)
 
@@ -66,7 +77,7 @@ def run(folder, kind, *more, before=None):
 
 
 def outcome(folder):
-    """All that a run leaves, by file name, without the times."""
+    """Everything that a run leaves, by file name, without the times."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in [name for name in files if name.endswith(".json")]:
         history = json.loads(files[name])
@@ -85,21 +96,26 @@ def expected(tmp_path_factory):
 
     def of(kind):
         if kind not in outcomes:
-            folder = tmp_path_factory.mktemp("expected") / "-".join(kind)
+            folder = of.folders[kind] = tmp_path_factory.mktemp("expected") / "run"
             begun = time.monotonic()
             assert run(folder, kind) == 0
-            training = json.loads((folder / f"best_{kind[0]}_fmnist.json").read_text())["training_seconds"]
+            training = json.loads((folder / f"best_{kind.model}_fmnist.json").read_text())["training_seconds"]
             of.seconds[kind] = time.monotonic() - begun, training
             outcomes[kind] = outcome(folder)
-            assert outcomes[kind].keys() == {f"best_{kind[0]}_fmnist.pt", f"best_{kind[0]}_fmnist.json"}
+            assert outcomes[kind].keys() == {f"best_{kind.model}_fmnist.pt", f"best_{kind.model}_fmnist.json"}
         return outcomes[kind]
 
-    of.seconds = {}  # by kind: of the whole run, and of its training
+    def put(kind, folder):
+        of(kind)
+        shutil.copytree(of.folders[kind], folder)
+
+    of.put = put  # put(kind, folder) copies such a run's files
+    of.folders, of.seconds = {}, {}  # by kind; seconds of the whole run, and of its training
     return of
 
 
 class Harm:
-    """What resuming runs has shown: those that do not come to their end, and those that end otherwise than expected."""
+    """What resuming has shown: runs that did not come to their end, and runs that ended otherwise than expected."""
 
     def __init__(self, expected):
         self.expected, self.tries, self.lost, self.wrong = expected, 0, [], []
@@ -120,13 +136,13 @@ def harm(expected):
 
 
 def test_killed_at_random_moments(tmp_path, harm, expected, tally, tries):
-    """Each kind of run, killed three times in a row; if it has come to its end before, another begins."""
+    """Each kind of run is killed three times in a row; if one comes to its end before that, another begins."""
     chance, resumed = random.Random(0), 0
-    for kind in EPOCHS:
+    for kind in KINDS:
         expected(kind)
         kills, whole, runs = 0, expected.seconds[kind][0], 0
         while kills < 3 * tries:
-            folder, runs = tmp_path / f"{'-'.join(kind)}-{runs}", runs + 1
+            folder, runs = tmp_path / f"{kind.model}-{kind.recipe}-{runs}", runs + 1
             for _ in range(3):
                 process = start(folder, kind, *ALWAYS, "--resume")
                 process.join(whole * chance.uniform(0.1, 0.9))
@@ -139,69 +155,94 @@ def test_killed_at_random_moments(tmp_path, harm, expected, tally, tries):
                 kills += 1
             harm.resume(folder, kind)
         harm.tries += kills
-    assert resumed > harm.tries / 3  # else the moments are ill chosen
+    assert resumed > harm.tries / 3  # otherwise the moments are badly chosen
     tally("SIGKILL at a random moment", harm.tries, harm.lost, harm.wrong)
 
 
-def kill_at(number):
-    """Let this process be killed at the number-th step of its writing: amid a file, at its fsync, before and after its
-    renaming.
-    """
-    steps = iter(range(1, 1000))
-    open_file, fsync, replace = open, os.fsync, os.replace
+class Steps:
+    """Kill this process at the number-th step of its writing: amid a file, at an fsync, before and after a renaming."""
 
-    def step():
-        if next(steps) == number:
+    def __init__(self, number):
+        self.left = number
+        self.open, self.fsync, self.replace = open, os.fsync, os.replace
+        files.open = lambda path, mode: Torn(self.open(path, mode), self)
+        os.fsync, os.replace = self.stepping_fsync, self.stepping_replace
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    class Torn:
-        def __init__(self, file):
-            self.file = file
+    def stepping_fsync(self, descriptor):
+        self.step()
+        self.fsync(descriptor)
 
-        def __enter__(self):
-            return self
+    def stepping_replace(self, *names):
+        self.step()
+        self.replace(*names)
+        self.step()
 
-        def __exit__(self, *_):
-            self.file.close()
 
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+class Torn:
+    """A file of which a write is two, with a step of Steps between them."""
 
-        def write(self, content):
-            self.file.write(content[: len(content) // 2])
-            self.file.flush()
-            step()
-            self.file.write(content[len(content) // 2 :])
+    def __init__(self, file, steps):
+        self.file, self.steps = file, steps
 
-    def stepping_fsync(descriptor):
-        step()
-        fsync(descriptor)
+    def __enter__(self):
+        return self
 
-    def stepping_replace(*names):
-        step()
-        replace(*names)
-        step()
+    def __exit__(self, *_):
+        self.file.close()
 
-    checkpoint.open = lambda path, mode: Torn(open_file(path, mode))
-    os.fsync, os.replace = stepping_fsync, stepping_replace
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        self.steps.step()
+        self.file.write(content[len(content) // 2 :])
 
 
 def test_killed_at_every_step_of_a_save(tmp_path, harm, tally):
-    """Over the first epoch: three of the state, then the checkpoint and its history."""
+    """Of the first state, checkpoint and history, and of a state in the place of an earlier one: five steps each."""
     for number in range(1, 21):
         folder = tmp_path / str(number)
-        assert run(folder, MLP, *ALWAYS, before=partial(kill_at, number)) == -signal.SIGKILL
+        assert run(folder, SHORT, *ALWAYS, before=partial(Steps, number)) == -signal.SIGKILL
         for path in folder.glob("[!.]*.pt"):
             checkpoint.read(path)  # is whole
-        harm.resume(folder, MLP)
+        harm.resume(folder, SHORT)
     tally("SIGKILL at every step of writing", 20, harm.lost, harm.wrong)
+
+
+def kill_at_the_end(number):
+    """From the last write of the history on: a run that repeats an earlier one then puts its files back."""
+    end = record.Record.end
+    record.Record.end = lambda *arguments: (Steps(number), end(*arguments))[1]
+
+
+def test_killed_at_every_step_of_putting_an_earlier_checkpoint_back(tmp_path, expected, tally):
+    lost, wrong = [], []
+    for number in range(1, 11):
+        folder = tmp_path / str(number)
+        expected.put(SHORT, folder)
+        ended = run(folder, SHORT, before=partial(kill_at_the_end, number))
+        assert ended == (-signal.SIGKILL if number < 10 else 0), number  # there are nine steps
+        if run(folder, SHORT, "--resume"):
+            lost.append((number, said(folder)))
+        path = folder / "best_mlp_fmnist.pt"
+        history = record.history_of(path)
+        if not history or history["status"] != "finished" or path.read_bytes() != expected(SHORT)[path.name]:
+            wrong.append(number)
+    tally("SIGKILL at every step of putting back", 10, lost, wrong)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(tmp_path, harm, expected, tally, tries, number, code):
     chance = random.Random(1)
     for attempt in range(4 * tries):
-        kind = chance.choice(list(EPOCHS))
+        kind = chance.choice(KINDS)
         expected(kind)
         folder = tmp_path / str(attempt)
         process = start(folder, kind)
@@ -212,7 +253,7 @@ def test_asked_to_stop(tmp_path, harm, expected, tally, tries, number, code):
         assert process.exitcode == code, said(folder)
         assert "Traceback" not in said(folder)
         assert re.search(r"interrupted .*, and saved; .*train.py --model \w+ --resume", said(folder))
-        assert (folder / f"unfinished_{kind[0]}_fmnist.pt").exists()
+        assert (folder / f"unfinished_{kind.model}_fmnist.pt").exists()
         harm.resume(folder, kind)
     tally(f"{number.name} at a random moment", 4 * tries, harm.lost, harm.wrong)
 
@@ -240,13 +281,11 @@ def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
 
 
 def stop_on_loading(number):
-    import data
-
     data.load = lambda *_, **__: (signal.raise_signal(number), time.sleep(10))
 
 
 def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
-    """By a clock that goes on for a second with each look at it."""
+    """By a clock that moves by a second with each look at it."""
     folder, log = tmp_path / "run", tmp_path / "saves"
     assert run(folder, MLP, "--epochs", 20, "--save-every", 12, before=partial(tick, log)) == 0
     saves = [int(line) for line in log.read_text().split()]
@@ -255,10 +294,9 @@ def test_what_a_crash_may_cost_is_what_save_every_says(tmp_path):
 
 
 def tick(log):
-    import train
-
     ticks = iter(range(10**6))
-    train.time = record.time = SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 1_000_000 - next(ticks))
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 1_000_000 - next(ticks))
+    training_run.time = record.time = clock
     save = record.Record.save
 
     def logged(*arguments):
@@ -275,7 +313,7 @@ def go_backwards():
 
 
 def test_a_clock_that_goes_backwards(tmp_path, harm, tally):
-    """It saves none the less, for the crash that follows."""
+    """The run saves anyway, and survives the crash that follows."""
     folder = tmp_path / "run"
     process = start(folder, CNN, *ALWAYS, before=go_backwards)
     wait_for("^    2", folder, process)
@@ -290,17 +328,23 @@ def test_a_clock_that_goes_backwards(tmp_path, harm, tally):
 # --- what is resumed, and what is not --------------------------------------------------------------------
 
 
-@pytest.fixture
-def unfinished(tmp_path):
-    """The folder of a run of CNN that was stopped in an epoch, with its own copy of the data beside it."""
-    shutil.copytree(SAMPLE, tmp_path / "sample")
-    folder = tmp_path / "run"
-    process = start(folder, CNN, "--data-dir", tmp_path / "sample")
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run of CNN that was stopped in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    process = start(folder, CNN)
     wait_for("^    1", folder, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert (folder / "unfinished_cnn_fmnist.pt").exists()
     return folder
+
+
+@pytest.fixture
+def unfinished(stopped, tmp_path):
+    """A copy of this folder, with a copy of the data beside it."""
+    shutil.copytree(SAMPLE, tmp_path / "sample")
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
 def refused(folder, *more, because):
@@ -325,7 +369,7 @@ def test_a_flag_that_makes_it_another_run_is_refused(unfinished, other):
     assert refused(unfinished, "--resume", *other.split(), because=f"{flag} was .* leave the flag out")
 
 
-def test_an_unfinished_run_is_not_overwritten_and_needs_no_flags_to_go_on(unfinished, expected):
+def test_an_unfinished_run_is_not_overwritten_and_needs_no_flags_to_resume(unfinished, expected):
     why = r"unfinished_cnn_fmnist.pt holds an unfinished run \(recipe published, seed 0, in epoch \d of 3\): --resume"
     assert refused(unfinished, because=why)
     assert refused(unfinished, "--seed", 1, because=why)
@@ -365,7 +409,7 @@ def test_data_altered_between_runs(unfinished, harm, tally):
     tally("data altered between runs", 6, harm.lost, harm.wrong + wrong)
 
 
-def test_another_number_of_threads_is_told_and_put_on_record(unfinished):
+def test_another_number_of_threads_is_reported_and_recorded(unfinished):
     assert run(unfinished, CNN, "--resume", before=partial(torch.set_num_threads, 3)) == 0
     assert re.search(r"threads changed from \d+ to 3 since the run began: its last bits may not", said(unfinished))
     (resumed,) = json.loads((unfinished / "best_cnn_fmnist.json").read_text())["resumed"]
@@ -378,16 +422,9 @@ def test_a_checkpoint_of_someone_else_is_kept_when_a_run_is_resumed(unfinished):
     assert b"not a checkpoint, but the user's" in outcome(unfinished).values()
 
 
-def stop_at_the_first_look():
-    import engine
-
-    count = engine.Training._count
-    engine.Training._count = lambda *arguments: count(*arguments) or True
-
-
 def test_a_resumed_run_goes_back_to_the_checkpoint_it_had(tmp_path):
-    """Where a crash came long after the save, so that the checkpoint and the history beside it are of later epochs."""
-    folder, kind = tmp_path / "run", ("cnn", "fast")
+    """A crash may come long after the save, so that the checkpoint and the history beside it are of later epochs."""
+    folder, kind = tmp_path / "run", FAST_CNN
     path, state = folder / "best_cnn_fmnist.pt", folder / "unfinished_cnn_fmnist.pt"
     process = start(folder, kind)
     wait_for("^    1", folder, process)
@@ -413,24 +450,22 @@ def test_two_trainings_at_once(tmp_path, expected, tally, tries):
             process.join()
         if sorted(process.exitcode for process in processes) != [0, 2] or outcome(folder) != expected(CNN):
             wrong.append(number)
-        told = "".join((tmp_path / f"{i}.log").read_text() for i in "ab")
-        assert re.search(r"train.py: error: another training \(.*\) is writing .*: wait for its end, or", told)
+        printed = "".join((tmp_path / f"{i}.log").read_text() for i in "ab")
+        assert re.search(r"train.py: error: another training \(.*\) is writing .*: wait for its end, or", printed)
     tally("two trainings at once", 3 * tries, lost, wrong)
 
 
 def diverge():
-    """From the 70th step on, in the second epoch."""
-    import engine
-
+    """Let the loss turn NaN from the 70th step on, in the second epoch."""
     engine.rate = lambda recipe, step, steps: float("nan") if step > 70 else 1.0
 
 
 def test_a_loss_that_turns_nan(tmp_path, expected, tally):
-    """It costs neither the earlier checkpoint nor the next run, and leaves nothing to go on with."""
+    """It costs neither the earlier checkpoint nor the next run, and leaves nothing to resume."""
     lost, wrong = [], []
     for number, (more, before) in enumerate([(["--lr", "1e30"], None), ([], diverge)]):
         folder = tmp_path / str(number)
-        assert run(folder, CNN) == 0
+        expected.put(CNN, folder)
         assert run(folder, CNN, "--seed", 1, *ALWAYS, *more, before=before) == 2
         assert re.search(r"train.py: error: the loss became nan in epoch \d", said(folder))
         if not any(content == expected(CNN)["best_cnn_fmnist.pt"] for content in outcome(folder).values()):
@@ -449,7 +484,7 @@ def limit_files(size):
 
 
 def test_a_disk_that_fills_up(tmp_path, harm, tally):
-    """For the history, the checkpoint of 1.7 MB, the state without it and with it; then there is room again."""
+    """Too small for the history, the checkpoint of 1.7 MB, the state without and with it; then there is room again."""
     sizes = (1_000, 500_000, 3_000_000, 6_000_000)
     for size in sizes:
         folder = tmp_path / str(size)
@@ -479,7 +514,7 @@ def test_a_small_disk_that_fills_up(tmp_path, harm, tally):
 
 
 def give_up_overriding_permissions():
-    """So that root, too, is bound by a folder's mode: drop CAP_DAC_OVERRIDE (1) from the effective capabilities."""
+    """Bind root, too, by a folder's mode: drop CAP_DAC_OVERRIDE (1) from the effective capabilities."""
     if os.geteuid() == 0:
         header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         sets = (ctypes.c_uint32 * 6)()
@@ -491,9 +526,9 @@ def give_up_overriding_permissions():
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, expected, tally):
-    """From the start, and from amid a run: one line, and nothing in it is touched."""
+    """It costs one line, and nothing in it is touched."""
     folder = tmp_path / "run"
-    assert run(folder, CNN) == 0
+    expected.put(CNN, folder)
     before, lost = outcome(folder), []
     folder.chmod(0o555)
     assert run(folder, CNN, "--seed", 1, before=give_up_overriding_permissions) == 2
@@ -504,10 +539,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, expected, tally):
     tally("read-only folder", 1, lost, [])
 
 
-def test_a_state_that_is_truncated_or_flipped_is_never_taken(tmp_path, tally, tries):
-    """At every 4 KiB, and in 500 random bits: it is refused, or what is read is what was written."""
+def test_a_state_that_is_truncated_or_flipped_is_never_used(tmp_path, expected, tally, tries):
+    """Cut at every 4 KiB, and flipped in 500 random bits: it is refused, or what is read is what was written."""
     folder = tmp_path / "run"
-    assert run(folder, MLP) == 0
+    expected.put(MLP, folder)
     process = start(folder, MLP, *ALWAYS, "--seed", 3)
     while not (folder / "unfinished_mlp_fmnist.pt").exists():
         time.sleep(0.01)

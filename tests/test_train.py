@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -13,17 +14,21 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, run_script, start_training, stop_training
 
 import checkpoint
-import cli
 import data
 import engine
+import metrics
+import models
 import recipes
-from record import history_of
+from runtime import cli, device
+from runtime.errors import UserError
+from training.record import history_of
 
 
 def train(folder, *arguments, model="mlp", before=None):
@@ -31,29 +36,40 @@ def train(folder, *arguments, model="mlp", before=None):
     return run_script("train.py", *flags, *arguments, before=before)
 
 
+def same_weights(folder, other, name="best_mlp_fmnist.pt"):
+    a, b = (torch.load(each / name, weights_only=True)["weights"] for each in (folder, other))
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_what_a_run_says_and_leaves(trained, sample, model):
     folder, said = trained
-    history = json.loads((folder / f"best_{model}_fmnist.json").read_text())
+    text = (folder / f"best_{model}_fmnist.json").read_text()
+    history = json.loads(text)
     assert history["status"] == "finished"
     assert history["checkpoint_sha256"] == hashlib.sha256((folder / history["checkpoint"]).read_bytes()).hexdigest()
     assert [row["epoch"] for row in history["epochs"]] == [1, 2, 3]
+    assert len(re.findall(r"^ +\{\"epoch\": \d.*\},?$", text, re.MULTILINE)) == 3  # a line for each
     assert len(re.findall(r"^ +\d+ +\d\.\d{4} .*\d:\d\d:\d\d( best)?$", said[model], re.MULTILINE)) == 3
     best = max(history["epochs"], key=lambda row: row["select_accuracy"])
     assert best["epoch"] == history["best_epoch"]
+    assert history["processor"] == device.processor()
 
     network, info = checkpoint.load(folder / history["checkpoint"])
     assert info["epoch"] == history["best_epoch"]
+    assert info["classes"] == history["classes"] == list(data.CLASSES)
     recipe = recipes.find("published", model)._replace(epochs=3, batch_size=32)
     assert info["flags"] == {"recipe": "published", **recipe._asdict(), "deterministic": False, "teachers": []}
-    logits = engine.predict_logits(network, sample["val"])
-    assert engine.loss_and_accuracy(logits, sample["val"].labels)[1] == best["select_accuracy"]
-    logits = engine.predict_logits(network, sample["test"])
-    accuracy = engine.loss_and_accuracy(logits, sample["test"].labels)[1]
-    assert history["test"]["accuracy"] == accuracy
+    assert "loss: cross-entropy; augmentation: none" in said[model]
+    selected = metrics.measure(engine.predict_logits(network, sample["val"]), sample["val"].labels)
+    assert (selected["accuracy"], selected["ece"]) == (best["select_accuracy"], best["select_ece"])
+    measured = metrics.measure(engine.predict_logits(network, sample["test"]), sample["test"].labels)
+    assert history["test"] | {"loss": 0, "accuracy_ci95": 0} == {
+        "n": 500, "accuracy": measured["accuracy"], "ece": measured["ece"], "loss": 0, "accuracy_ci95": 0
+    }  # fmt: skip
     low, high = history["test"]["accuracy_ci95"]
-    assert f"test accuracy {accuracy:.2%}, 95% interval {low:.2%} to {high:.2%}, n = 500" in said[model]
-    assert "measured once, after training" in said[model]
+    interval = f"95% interval {low:.2%} to {high:.2%}, n = 500"
+    assert f"test accuracy {measured['accuracy']:.2%}, {interval}; measured once, after training" in said[model]
 
 
 def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
@@ -65,19 +81,15 @@ def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
 def test_a_bar_with_loss_accuracy_speed_and_eta_in_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # 24 lines of 120 characters
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path],
-        stdin=theirs, stdout=theirs, stderr=theirs,
-    )  # fmt: skip
-    os.close(theirs)
+    flags = ["--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path]
+    process = start_training(os.ttyname(theirs), *flags)
     seen = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        seen += chunk
-    assert process.wait() == 0
+    while not seen.rstrip().endswith(b"training"):  # the last line's last word
+        seen += os.read(ours, 65536)
+    process.join()
+    os.close(theirs)
+    os.close(ours)
+    assert process.exitcode == 0
     assert re.search(r"epoch 5/5  loss \d\.\d{4}  acc \d\d\.\d\d% \|.*\|.*images/s  ETA 00:00", seen.decode())
 
 
@@ -85,6 +97,7 @@ def test_selection_on_the_test_set_is_explicit_and_labelled(tmp_path):
     finished = train(tmp_path, "--select", "test")
     history = json.loads((tmp_path / "best_mlp_fmnist.json").read_text())
     assert "1,000 training images" in finished.stdout
+    assert "chosen on 500 test images as published: an optimistic protocol" in finished.stdout
     assert "the best epoch was chosen on these very images" in finished.stdout
     assert history["train_images"] == 1000
     assert history["test"]["accuracy"] == max(row["select_accuracy"] for row in history["epochs"])
@@ -93,7 +106,8 @@ def test_selection_on_the_test_set_is_explicit_and_labelled(tmp_path):
 @pytest.mark.parametrize("recipe", ["fast", "best"])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_a_recipe_trains_on_all_images_and_keeps_the_last_epoch(tmp_path, recipe, model):
-    finished = train(tmp_path, "--recipe", recipe, "--epochs", "2", "--batch-size", "100", model=model)
+    flags = ["--recipe", recipe, "--epochs", "2", "--batch-size", "100"]
+    finished = train(tmp_path, *flags, model=model)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     path = tmp_path / f"best_{model}_fmnist.pt"
@@ -105,10 +119,8 @@ def test_a_recipe_trains_on_all_images_and_keeps_the_last_epoch(tmp_path, recipe
     assert history["flags"]["precision"] in ("bfloat16", "float32")  # what "auto" came to
     assert "1,000 training images; the last of 2 epochs is kept" in finished.stdout
     assert "measured once, after training" in finished.stdout
-    again = train(tmp_path / "again", "--recipe", recipe, "--epochs", "2", "--batch-size", "100", model=model)
-    assert again.returncode == 0
-    a, b = (torch.load(folder / path.name, weights_only=True)["weights"] for folder in (tmp_path, tmp_path / "again"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert train(tmp_path / "again", *flags, model=model).returncode == 0
+    assert same_weights(tmp_path, tmp_path / "again", path.name)
 
 
 def test_flags_change_what_a_recipe_says(tmp_path):
@@ -120,19 +132,52 @@ def test_flags_change_what_a_recipe_says(tmp_path):
     assert history["epochs"][0]["select_accuracy"] > 0.1
 
 
+# --- which recipe ----------------------------------------------------------------------------------------
+
+
+def test_the_default_recipe_does_not_depend_on_the_order_of_the_table(monkeypatch):
+    defaults = {"mlp": "published", "cnn": "published", "resnet": "best"}
+    row = recipes.Recipe(epochs=1)
+    more = {"smooth": dict.fromkeys(defaults, row)}  # a recipe that someone adds changes no default
+    for table in (recipes.RECIPES, dict(reversed(recipes.RECIPES.items())), more | recipes.RECIPES):
+        monkeypatch.setattr(recipes, "RECIPES", table)
+        assert {model: recipes.default(model) for model in defaults} == defaults
+        assert recipes.default("none of these") == "published"
+    monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "own": {"mine": row}})
+    assert recipes.default("mine") == "own"  # the only one it has
+    assert recipes.find("own", "mine") == row
+    with pytest.raises(UserError, match="recipe own has no row for mlp; it has mine"):
+        recipes.find("own", "mlp")
+    monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "second": {"mine": row}})
+    with pytest.raises(UserError, match="--recipe: mine has the recipes own, second: choose one"):
+        recipes.default("mine")
+
+
+def add_a_model():
+    models.MODELS["mine"] = models.MLP
+
+
+def test_a_model_without_a_row_is_trained_by_the_cnns_and_this_is_printed(tmp_path):
+    for recipe, flags in (("published", []), ("fast", ["--recipe", "fast"])):
+        finished = train(tmp_path / recipe, *flags, "--epochs", "1", model="mine", before=add_a_model)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr == (
+            f"train.py: recipes.py has no row of recipe {recipe} for mine; it is trained by the row for cnn\n"
+        )
+        said = json.loads((tmp_path / recipe / "best_mine_fmnist.json").read_text())["flags"]
+        row = recipes.find(recipe, "cnn")._replace(epochs=1, precision=said["precision"])
+        assert said == {"recipe": recipe, **row._asdict(), "deterministic": False, "teachers": []}
+    assert train(tmp_path / "x", "--epochs", "1").stderr == ""  # and not of models that have one
+
+
 # --- nothing is lost -------------------------------------------------------------------------------------
 
 
-def test_an_earlier_checkpoint_is_kept_under_another_name_and_an_equal_one_is_not_doubled(tmp_path):
+def test_an_earlier_checkpoint_is_kept_under_another_name(tmp_path):
     train(tmp_path, "--seed", 1)
     path = tmp_path / "best_mlp_fmnist.pt"
     first, first_history = path.read_bytes(), history_of(path)
     kept = tmp_path / f"best_mlp_fmnist.{hashlib.sha256(first).hexdigest()[:8]}.pt"
-
-    again = train(tmp_path, "--seed", 1)
-    assert path.read_bytes() == first  # the same seed, the same bits, to the file
-    assert not kept.exists()
-    assert "the same to the bit" in again.stdout
 
     finished = train(tmp_path, "--seed", 2)
     assert f"the earlier best_mlp_fmnist.pt is kept as {cli.shown(kept)}" in finished.stdout
@@ -145,7 +190,36 @@ def test_an_earlier_checkpoint_is_kept_under_another_name_and_an_equal_one_is_no
     assert b"not a checkpoint, but the user's" in [file.read_bytes() for file in tmp_path.glob("*.pt")]
 
 
-def test_a_history_that_stands_alone_is_kept_and_told_as_what_it_is(tmp_path):
+def test_a_run_that_repeats_an_earlier_one_changes_no_file(tmp_path):
+    """Also where the earlier one was made at another commit, which its checkpoint names: so a clone stays clean."""
+    train(tmp_path, "--seed", 1)
+    path = tmp_path / "best_mlp_fmnist.pt"
+    assert path.read_bytes() == repeated(tmp_path)[path.name]  # the same seed, the same bits, to the file
+
+    content, history = checkpoint.from_bytes(path.read_bytes()), history_of(path)
+    path.write_bytes(checkpoint.to_bytes(content | {"git": "another commit"}))
+    history |= {"checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "git": "another commit"}
+    path.with_suffix(".json").write_text(json.dumps(history))
+    repeated(tmp_path)
+
+    path.with_suffix(".json").unlink()  # a checkpoint without its history is no finished run: it gets one
+    content = path.read_bytes()
+    assert train(tmp_path, "--seed", 1).returncode == 0
+    assert history_of(path)["status"] == "finished"
+    assert content in [file.read_bytes() for file in tmp_path.glob("*.pt")]
+
+
+def repeated(folder):
+    """The files of the folder by name, which are the same before and after another run of seed 1."""
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    again = train(folder, "--seed", 1)
+    assert again.returncode == 0, again.stderr
+    assert "the same to the bit" in again.stdout
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    return before
+
+
+def test_a_history_that_stands_alone_is_kept_under_its_own_name(tmp_path):
     (tmp_path / "best_mlp_fmnist.json").write_text("{}")
     said = train(tmp_path, "--epochs", "1").stdout
     kept = tmp_path / f"best_mlp_fmnist.{hashlib.sha256(b'{}').hexdigest()[:8]}.json"
@@ -153,40 +227,36 @@ def test_a_history_that_stands_alone_is_kept_and_told_as_what_it_is(tmp_path):
     assert f"the earlier best_mlp_fmnist.json is kept as {cli.shown(kept)}" in said
 
 
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes; the checkpoint has 400,000
+
+
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_where_it_was(tmp_path):
     train(tmp_path)
     path = tmp_path / "best_mlp_fmnist.pt"
     before, history = path.read_bytes(), history_of(path)
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # bytes; the checkpoint has 400,000
-    code = f"import resource, cli, train; {limit}; cli.run(train.main)"
-    arguments = ["--model", "mlp", "--seed", "1", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path]
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert_one_line_error(finished, "File too large")
+    assert_one_line_error(train(tmp_path, "--seed", "1", before=limit_files), "File too large")
     assert path.read_bytes() == before
     assert history_of(path) == history
 
 
 def test_ctrl_c_keeps_the_best_epoch_so_far(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--model", "mlp", "--epochs", "10000", "--data-dir", SAMPLE,
-         "--checkpoint-dir", tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    path = tmp_path / "best_mlp_fmnist.pt"
-    while not path.with_suffix(".json").exists() and process.poll() is None:
+    path, log = tmp_path / "run" / "best_mlp_fmnist.pt", tmp_path / "log"
+    flags = ["--model", "mlp", "--epochs", "10000", "--data-dir", SAMPLE, "--checkpoint-dir", path.parent]
+    process = start_training(log, *flags)
+    while not path.with_suffix(".json").exists() and process.is_alive():
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert re.search(r"interrupted after epoch \d+, and saved; .* --resume .*python evaluate.py", err)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    said = log.read_text()
+    assert process.exitcode == 130
+    assert "Traceback" not in said
+    assert re.search(r"interrupted after epoch \d+, and saved; .* --resume .*python evaluate.py", said)
     history = history_of(path)
     assert history["status"] == "interrupted"
     assert history["best_epoch"] == checkpoint.load(path)[1]["epoch"]
-    assert f"best epoch {history['best_epoch']} " in out
+    assert f"best epoch {history['best_epoch']} " in said
 
 
 def test_a_loss_that_turns_nan_is_one_clear_line_and_costs_no_earlier_checkpoint(tmp_path):
@@ -194,6 +264,26 @@ def test_a_loss_that_turns_nan_is_one_clear_line_and_costs_no_earlier_checkpoint
     before = (tmp_path / "best_mlp_fmnist.pt").read_bytes()
     assert_one_line_error(train(tmp_path, "--lr", "1e30"), "the loss became nan in epoch 1", "smaller --lr")
     assert (tmp_path / "best_mlp_fmnist.pt").read_bytes() == before
+
+
+def test_a_run_that_leaves_images_out_resumes_to_the_same_bits(tmp_path):
+    flags = ["--recipe", "best", "--epochs", 3, "--batch-size", 16]
+    assert train(tmp_path / "whole", *flags, before=leave_out).returncode == 0
+    stopped = train(tmp_path / "cut", *flags, before=stop_in_the_second_epoch)
+    assert stopped.returncode == 143, stopped.stderr
+    resumed = train(tmp_path / "cut", "--resume", before=leave_out)
+    assert "resumed in epoch 2, after step 25 of" in resumed.stdout
+    whole, cut = ((tmp_path / folder / "best_mlp_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
+    assert whole == cut
+
+
+def leave_out():
+    recipes.RECIPES["best"]["mlp"] = recipes.find("best", "mlp")._replace(prune=0.5)
+
+
+def stop_in_the_second_epoch():
+    leave_out()
+    stop_training(lambda training: training.epoch == 2)
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -206,27 +296,25 @@ def test_tensorboard_scalars_are_those_of_the_history(tmp_path):
     (run,) = (tmp_path / "board").iterdir()
     events = EventAccumulator(str(run)).Reload()
     rows = history_of(tmp_path / "best_mlp_fmnist.pt")["epochs"]
-    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second"} <= set(
-        events.Tags()["scalars"]
-    )
+    names = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_ece", "images_per_second"}
+    assert names <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("val_accuracy")] == [1, 2, 3, 4, 5]
     assert [event.value for event in events.Scalars("val_loss")] == pytest.approx([row["select_loss"] for row in rows])
 
 
+def hide_tensorboard():
+    sys.modules["tensorboard"] = None
+
+
 def test_tensorboard_without_its_package_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['tensorboard'] = None; import cli, train; cli.run(train.main)"
-    arguments = ["--model", "mlp", "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path, "--tensorboard", tmp_path]
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    finished = train(tmp_path, "--tensorboard", tmp_path, before=hide_tensorboard)
     assert_one_line_error(finished, "pip install -r requirements-optional.txt")
 
 
 def test_deterministic_gives_the_same_result_on_the_cpu(tmp_path):
     train(tmp_path / "a", "--epochs", 1)
     train(tmp_path / "b", "--epochs", 1, "--deterministic")
-    a, b = (torch.load(tmp_path / x / "best_mlp_fmnist.pt", weights_only=True)["weights"] for x in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 BAD_FLAGS = {
@@ -261,7 +349,22 @@ def test_a_mistaken_flag_gets_one_clear_line(flags):
     assert_one_line_error(run_script("train.py", *flags), BAD_FLAGS[flags])
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "analyze_errors.py", "bench.py"])
+def misspell(table):
+    change = {"augment": {"filp": 0.5}} if table == "augmentation" else {"loss": "cross-entropy"}
+    recipes.RECIPES["best"]["cnn"] = recipes.find("best", "cnn")._replace(**change)
+
+
+@pytest.mark.parametrize("table", ["augmentation", "loss"])
+def test_a_misspelt_name_in_a_recipe_gets_one_clear_line(table, tmp_path):
+    finished = train(tmp_path, "--recipe", "best", model="cnn", before=partial(misspell, table))
+    assert_one_line_error(finished, f"recipes.py.*{table} '.*' is not in .*, which has ")
+    assert not list(tmp_path.glob("*.pt"))
+
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "cli.run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_does_not_wait_for_pytorch(script):
     code = (
         "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass\n"
@@ -275,42 +378,28 @@ def test_help_does_not_wait_for_pytorch(script):
     assert finished.stdout.endswith("[]\n")
 
 
+def test_every_script_is_asked_for_its_help():
+    assert {"train.py", "evaluate.py", "analyze_errors.py", "predict.py", "bench.py"} <= set(SCRIPTS)
+
+
 CACHE_VARIABLES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")  # PyTorch sets its own for children
+COMMANDS = "train.py --model cnn --recipe fast", "evaluate.py", "analyze_errors.py"
 
 
 def test_nothing_is_written_outside_the_clone(tmp_path):
-    """Run from a clone, with a home of its own, as on a bare machine."""
+    """Run from a clone, with an empty home folder, as on a bare machine; in one process, which starts sooner."""
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
-    keep_out = shutil.ignore_patterns(".git", ".venv", ".cache", ".pytest-tmp", "data", "runs", "__pycache__")
+    keep_out = shutil.ignore_patterns(".*", "data", "runs", "__pycache__")
     shutil.copytree(ROOT, clone, ignore=keep_out)
     environment = {key: value for key, value in os.environ.items() if key not in CACHE_VARIABLES}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
-    for command in (["train.py", "--model", "cnn", "--recipe", "fast"], ["evaluate.py"], ["analyze_errors.py"]):
-        subprocess.run(
-            [sys.executable, *command, "--data-dir", SAMPLE],
-            cwd=clone, env=environment, check=True, capture_output=True,
-        )  # fmt: skip
+    code = ["import importlib"]
+    for script, *flags in (command.split() for command in COMMANDS):
+        flags += ["--data-dir", str(SAMPLE)]
+        code += [f"assert importlib.import_module({script.removesuffix('.py')!r}).main({flags!r}) == 0"]
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=clone, env=environment, check=True, capture_output=True
+    )  # fmt: skip
     assert list(home.iterdir()) == []
     assert data.load("test", data_dir=clone / "tests" / "sample")[0].source == "sample"
-
-
-def test_a_run_that_leaves_images_out_goes_on_to_the_same_bits(tmp_path):
-    flags = ["--recipe", "best", "--epochs", 3, "--batch-size", 16]
-    assert train(tmp_path / "whole", *flags, before=leave_out).returncode == 0
-    stopped = train(tmp_path / "cut", *flags, before=stop_in_the_second_epoch)
-    assert stopped.returncode == 143, stopped.stderr
-    resumed = train(tmp_path / "cut", "--resume", before=leave_out)
-    assert "resumed in epoch 2, after step 25 of" in resumed.stdout
-    whole, cut = ((tmp_path / folder / "best_mlp_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
-    assert whole == cut
-
-
-def leave_out():
-    recipes.RECIPES["best"]["mlp"] = recipes.find("best", "mlp")._replace(prune=0.5)
-
-
-def stop_in_the_second_epoch():
-    leave_out()
-    count = engine.Training._count
-    engine.Training._count = lambda training, *arguments: count(training, *arguments) or training.epoch == 2

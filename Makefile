@@ -1,0 +1,31 @@
+# make setup    install everything into .venv
+# make test     run all tests
+# make lint     check style, format and types
+# make figures  draw the pictures of README.md and docs/ again, and write their numbers
+# make tour     execute docs/tour.ipynb again
+python = .venv/bin/python
+
+.PHONY: setup test lint figures tour
+
+setup:
+	python3 -m venv .venv
+	.venv/bin/pip install -r requirements-dev.txt
+
+test:
+	$(python) -m pytest
+
+lint:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+figures:
+	$(python) analyze_errors.py --figures-dir docs/figures
+	$(python) compare.py --figures-dir docs/figures --json docs/figures/frontier.json
+	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/distilled/best_*_fmnist.pt --tta \
+	    --json docs/figures/evaluate.json
+
+tour: export IPYTHONDIR = .cache/ipython
+tour: export JUPYTER_RUNTIME_DIR = .cache/jupyter
+tour:
+	.venv/bin/jupyter execute --inplace docs/tour.ipynb

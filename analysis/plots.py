@@ -1,0 +1,448 @@
+"""Draw the figures. Every function takes plain numbers and arrays, and returns a matplotlib Figure.
+
+figure = plots.training_curves(history)   # a notebook with `%matplotlib inline` shows it
+Path("curves.png").write_bytes(plots.png(figure))
+
+Importing this module and calling its functions leaves matplotlib's global settings as they are.
+"""
+
+import io
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike
+
+import engine
+import recipes
+
+Rows = Sequence[Mapping[str, Any]]
+
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+GREY, SOFT, DARK, PALE = "#8a8a8a", "#6a6a6a", "#33424d", "#e4e4e4"
+WIDTH, DPI = 9.2, 110  # inches, pixels an inch: together the 1012 pixels of a README's column
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "figure.titleweight": "bold",
+    "text.parse_math": False,  # a $ in the name of a class or a file is a $
+}
+COLUMNS = 5  # pictures a row
+COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
+REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
+SIDES: list[tuple[float, float]] = [
+    (1, 0),
+    (-1, 0),
+]  # where a name may stand: right, left, then below and above from right to left
+SIDES += [(x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1)]
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG. Figures drawn from the same numbers are the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@matplotlib.rc_context(STYLE)
+def confusion_matrix(matrix: ArrayLike, title: str, classes: Sequence[str]) -> Figure:
+    """Draw counts, and beneath each its percentage of the row. Only mistakes are coloured.
+
+    matrix: int (n, n), true classes in rows, predicted classes in columns; classes: their n names.
+    """
+    counts = np.asarray(matrix)
+    n, names = len(counts), [_wrapped(name) for name in classes]
+    figure = _figure(7.6)
+    axes = figure.subplots()
+    mistakes = np.where(np.eye(n, dtype=bool), 0, counts)
+    norm = PowerNorm(0.6, 0, max(mistakes.max(), 1))  # makes small counts visible
+    axes.imshow(np.ma.masked_equal(mistakes, 0), cmap="Reds", norm=norm, aspect="auto")
+    for row, column in np.argwhere(counts):
+        _matrix_cell(axes, row, column, counts[row], dark=row != column and norm(counts[row, column]) > 0.55)
+    axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(n), names)
+    axes.set_xticks(np.arange(-0.5, n), minor=True)
+    axes.set_yticks(np.arange(-0.5, n), minor=True)
+    axes.grid(which="minor", color="#d9d9d9", linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    return figure
+
+
+def _matrix_cell(axes: Axes, row: int, column: int, counts: np.ndarray, dark: bool) -> None:
+    """Write one count of a row of the matrix and its percentage of the row."""
+    scale = min(1.0, 10 / len(counts))
+    colour = "white" if dark else "black"
+    weight = "normal"
+    if row == column:
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color="#e8eef2"))
+        colour, weight = DARK, "bold"
+    percent = 100 * counts[column] / counts.sum()
+    style: dict[str, Any] = {"ha": "center", "color": colour}
+    axes.text(column, row + 0.06, f"{counts[column]:,}", va="bottom", size=11 * scale, weight=weight, **style)
+    axes.text(column, row + 0.13, f"{percent:.1f}%", va="top", size=8 * scale, **style)
+
+
+@matplotlib.rc_context(STYLE)
+def confused_pairs(pairs: Rows, n_mistakes: int) -> Figure:
+    """Draw two bars for each pair of classes, one for each direction.
+
+    pairs: dicts with a and b (names), a_as_b, b_as_a and total (counts); n_mistakes: of all pairs, shown or not.
+    """
+    figure = _figure(0.6 * len(pairs) + 1.1)
+    axes = figure.subplots()
+    names, places = [], []
+    for number, pair in enumerate(pairs):
+        for offset, true, predicted, count in (
+            (-0.2, pair["a"], pair["b"], pair["a_as_b"]),
+            (0.2, pair["b"], pair["a"], pair["b_as_a"]),
+        ):
+            bar = axes.barh(number + offset, count, 0.36, color=BLUE)
+            axes.bar_label(bar, [f"{count:,}"], padding=4)
+            names.append(f"{_shortened(true)} classified as {_shortened(predicted)}")
+            places.append(number + offset)
+        if number % 2 == 0:
+            axes.axhspan(number - 0.5, number + 0.5, color="#f3f5f7", zorder=0)
+        total, at = f"{pair['total']:,} in total ", axes.get_yaxis_transform()
+        axes.text(1, number, total, va="center", ha="right", transform=at)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.25 * max([1, *(max(pair["a_as_b"], pair["b_as_a"]) for pair in pairs)]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(max(len(pairs), 1) - 0.5, -0.5)  # the first pair on top
+    axes.set_xlabel("test images")
+    figure.suptitle(f"The most confused pairs of classes ({n_mistakes:,} mistakes in total)", size=12)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def mistakes(images: Sequence[ArrayLike], records: Rows, title: str) -> Figure:
+    """Draw misclassified images with their true class, predicted class and confidence.
+
+    images: n of uint8 (28, 28); records: n dicts with index, true, predicted (names) and confidence (0 to 1).
+    """
+    figure, cells = _picture_grid(len(images), COLUMNS, above=0.75)
+    top = figure.get_figheight()
+    below: dict[str, Any] = {"ha": "center", "va": "top", "size": 9, "color": SOFT}
+    figure.suptitle(title, size=13, y=1 - 0.12 / top)
+    key: dict[str, Any] = {"y": 1 - 0.5 / top, "va": "center"}
+    figure.text(0.31, s="true class", color=GREEN, weight="bold", ha="right", **key)
+    figure.text(0.33, s="predicted class", color=ORANGE, **key)
+    figure.text(0.475, s="below: number of the image, confidence", color=SOFT, **key)
+    for axes, image, record in zip(cells, images, records, strict=False):
+        axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
+        axes.text(13.5, -4.6, _shortened(record["true"], 20), ha="center", color=GREEN, weight="bold")
+        axes.text(13.5, -1.5, _shortened(record["predicted"], 24), ha="center", color=ORANGE)
+        axes.text(13.5, 28.2, f"image {record['index']}, {_percent(record['confidence'])}", **below)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def seen(rows: Sequence[tuple[str, ArrayLike, Sequence[tuple[str, float]]]]) -> Figure:
+    """Draw pictures as the network sees them, each with the most probable class and the name of its file.
+
+    rows: (name of the file, uint8 (28, 28), [(class, probability), ...] most probable first).
+    """
+    figure, cells = _picture_grid(len(rows), min(len(rows), COLUMNS))
+    for axes, (name, pixels, classes) in zip(cells, rows, strict=False):
+        axes.imshow(np.asarray(pixels), cmap="gray", vmin=0, vmax=255)
+        best, probability = classes[0]
+        axes.text(13.5, -4.6, _shortened(best, 20), ha="center", color=ORANGE, weight="bold")
+        axes.text(13.5, -1.5, _percent(probability), ha="center", color=ORANGE)
+        short = name if len(name) <= 26 else f"…{name[-25:]}"
+        axes.text(13.5, 28.2, short, ha="center", va="top", size=8, color=SOFT)
+    return figure
+
+
+def _picture_grid(n: int, columns: int, above: float = 0) -> tuple[Figure, list[Axes]]:
+    """Return a figure with n or more cells for pictures, and free inches above them."""
+    picture, gap, texts = 1.6, 0.24, 0.85  # inches; texts stand above and below each picture
+    lines = max(1, -(-n // columns))
+    width, height = columns * (picture + gap), lines * (picture + texts) + above
+    figure = Figure((width, height), DPI)
+    space = {
+        "left": gap / 2 / width,
+        "right": 1 - gap / 2 / width,
+        "top": 1 - (above + 0.55) / height,
+        "bottom": (texts - 0.55) / height,
+        "wspace": gap / picture,
+        "hspace": texts / picture,
+    }
+    cells = list(figure.subplots(lines, columns, squeeze=False, gridspec_kw=space).flat)
+    for axes in cells:
+        axes.axis("off")
+    return figure, cells
+
+
+@matplotlib.rc_context(STYLE)
+def training_curves(history: Mapping[str, Any]) -> Figure:
+    """Draw loss and accuracy of every epoch, of the training images and of the images that selected the epoch.
+
+    history: as train.py writes it, best_<model>_fmnist.json.
+    """
+    flags = recipes.upgrade(history["flags"])
+    trained, selected = _training_loss(flags), "cross-entropy"
+    measured = any("select_loss" in row for row in history["epochs"])
+    images = recipes.SELECTIONS[flags["select"]].images
+    figure = _figure(4.4)
+    left, right = figure.subplots(1, 2)
+    training = "training, mean over the epoch"
+    _curves(left, history, "loss", [f"{training}: {trained}", f"{images}: {selected}"])
+    if trained == selected:
+        left.set_ylabel("cross-entropy, nats")
+    else:
+        both = [f"{trained} (training)", f"{selected} ({images})"] if measured else [trained]
+        left.set_ylabel("\n".join(_wrapped(name, 46, 3) for name in both))
+    _curves(right, history, "accuracy", [training, images])
+    right.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    right.set_ylabel("accuracy")
+    figure.suptitle(f"{history['model']}, seed {history['seed']}, {history['train_images']:,} training images", size=12)
+    return figure
+
+
+def _training_loss(flags: Mapping[str, Any]) -> str:
+    """Name the training loss of a run by its flags, which are in today's form."""
+    known = {name: value for name, value in flags.items() if name in recipes.Recipe._fields}
+    return engine.loss_name(recipes.Recipe(**known))
+
+
+def _curves(axes: Axes, history: Mapping[str, Any], key: str, names: Sequence[str]) -> None:
+    """Draw a panel: train_<key> and select_<key> by epoch, and the epoch that was kept."""
+    for side, colour, name in zip(("train", "select"), (BLUE, ORANGE), names, strict=True):
+        points = [(row["epoch"], row[f"{side}_{key}"]) for row in history["epochs"] if f"{side}_{key}" in row]
+        if points:  # a run that keeps its last epoch has no selection images
+            marker = "o" if len(points) <= 40 else None
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4}
+            axes.plot(*zip(*points, strict=True), label=_wrapped(name, 40, 4), **style)
+    best = history["best_epoch"]
+    axes.axvline(best, color=GREY, linestyle=":", label=f"epoch {best} was kept")
+    axes.set(xlabel="epoch", title=key.capitalize())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+
+
+@matplotlib.rc_context(STYLE)
+def frontier(rows: Rows, literature: Rows) -> Figure:
+    """Draw test accuracy against seconds of training, parameters and operations, with every point named.
+
+    rows: of compare.collect; those selected on the test images are left out, as their accuracies are too high.
+    literature: dicts with name, accuracy (0 to 1), parameters, and old_release where they used the first release.
+    """
+    kept = [row for row in rows if row["select"] != "test"]
+    rows, left_out = kept, len(rows) - len(kept)
+    palette = (BLUE, ORANGE, GREEN, SKY, YELLOW)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    colours = {model: palette[place % len(palette)] for place, model in enumerate(models)}
+    figure = _figure(11)
+    figure.suptitle("Test accuracy against cost: mean of the seeds, 95% interval", size=12)
+    panels = figure.subplot_mosaic([["seconds"] * 2, ["parameters", "mflop"]], width_ratios=[3, 2])
+    for key, axes in panels.items():
+        _draw_costs(axes, key, rows, literature if key == "parameters" else [], colours)
+    low, high = zip(*(axes.get_ylim() for axes in panels.values()), strict=True)
+    for axes in panels.values():
+        axes.set_ylim(min(low), max(high))
+    legend = _frontier_legend(figure, rows, literature, colours)
+    if left_out:
+        legend.set_title("Runs that select their epoch on the test images are left out.")
+        legend.get_title().set_fontsize(9)
+    figure.draw_without_rendering()  # lays the figure out, so that sizes in pixels are known
+    for key, axes in panels.items():
+        _name_points(axes, key, rows, literature if key == "parameters" else [])
+    return figure
+
+
+def _draw_costs(axes: Axes, key: str, rows: Rows, literature: Rows, colours: Mapping[str, str]) -> None:
+    """Draw one panel of the frontier but for the names."""
+    for row in rows:
+        low, high = row.get("ci95", (row["accuracy"], row["accuracy"]))
+        axes.errorbar(
+            row[key],
+            row["accuracy"],
+            [[row["accuracy"] - low], [high - row["accuracy"]]],
+            fmt="o",
+            color=colours[row["model"]],
+            mfc="white" if row["precision"] == "float32" else None,
+            capsize=2,
+        )
+    for system in literature:
+        axes.plot(system["parameters"], system["accuracy"], **_cross(system.get("old_release", False)))
+    best = _pareto(rows, key)
+    axes.plot([row[key] for row in best], [row["accuracy"] for row in best], color=GREY, linewidth=1, zorder=0)
+    axes.set(xscale="log", xlabel=COSTS[key], ylabel="test accuracy")
+    axes.margins(x=0.2, y=0.06)  # room for the names
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:,g}M" if v >= 1e6 else f"{v:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+
+
+def _cross(old_release: bool) -> dict[str, Any]:
+    return {"linestyle": "", "marker": "P" if old_release else "x", "color": PINK if old_release else "#666666"}
+
+
+def _pareto(rows: Rows, key: str) -> list[Mapping[str, Any]]:
+    """Return the rows that no cheaper row equals in accuracy, cheapest first."""
+    best: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row[key], -row["accuracy"])):
+        if not best or row["accuracy"] > best[-1]["accuracy"]:
+            best.append(row)
+    return best
+
+
+def _frontier_legend(figure: Figure, rows: Rows, literature: Rows, colours: Mapping[str, str]) -> Legend:
+    """Explain colours, fillings, crosses and the line below the panels."""
+    dot: dict[str, Any] = {"linestyle": "", "marker": "o"}
+    entries = [(Line2D([], [], color=colour, **dot), model) for model, colour in colours.items()]
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        hollow = precision == "float32"
+        filling = Line2D([], [], color=DARK, markerfacecolor="white" if hollow else None, **dot)
+        entries.append((filling, f"{'hollow' if hollow else 'filled'}: {precision}"))
+    entries.append((Line2D([], [], color=GREY, linewidth=1), "Pareto frontier of these runs"))
+    for old in dict.fromkeys(system.get("old_release", False) for system in literature):
+        when = ", data before the re-release of 2017-08-31" if old else ""
+        entries.append((Line2D([], [], **_cross(old)), f"literature{when}"))
+    return figure.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _row_names(rows: Rows) -> list[str]:
+    """Name rows by model and recipe, and by their epochs too where that is not enough."""
+    short = [f"{row['model']}, {row['recipe']}" for row in rows]
+    often = Counter(short)
+    long = [f"{name}, {row['epochs']} epochs" for name, row in zip(short, rows, strict=True)]
+    return [name if often[name] == 1 else longer for name, longer in zip(short, long, strict=True)]
+
+
+def _name_points(axes: Axes, key: str, rows: Rows, literature: Rows) -> None:
+    """Write the names of a panel's points, each at the free place nearest to its point.
+
+    Places are boxes in pixels. Points, error bars, the frontier's line and names already written are not free.
+    """
+    points = [(row[key], row["accuracy"]) for row in rows]
+    points += [(system["parameters"], system["accuracy"]) for system in literature]
+    names = _row_names(rows) + [system["name"] for system in literature]
+    taken = [_around(place, 6) for place in axes.transData.transform(points)]
+    bars = [[(row[key], end) for end in row["ci95"]] for row in rows if "ci95" in row]
+    taken += [Bbox(axes.transData.transform(bar)).padded(3) for bar in bars]
+    line = axes.transData.transform([(row[key], row["accuracy"]) for row in _pareto(rows, key)])
+    for start, end in pairwise(line):
+        taken += [_around(start + step * (end - start), 2) for step in np.linspace(0, 1, 40)]
+    for point, name in sorted(zip(points, names, strict=True), key=lambda named: -named[0][1]):
+        taken.append(_write_name(axes, point, name, taken))
+
+
+def _write_name(axes: Axes, point: tuple[float, float], name: str, taken: Sequence[Bbox]) -> Bbox:
+    """Write a name beside its point and return the box it fills; a thin line leads to a name far away."""
+    text = axes.annotate(name, point, (0, 0), textcoords="offset points", size=8, va="bottom")
+    text.set_in_layout(False)
+    size, anchor = np.array(text.get_window_extent().size), axes.transData.transform(point)
+    boxes = [_beside(anchor, size, reach, side) for reach in REACHES for side in SIDES]
+    box = min(boxes, key=lambda box: _covered(box, taken, axes.bbox))  # of equals the nearest
+    to_points = 72 / axes.figure.dpi
+    text.set_position(tuple((box.min - anchor) * to_points))
+    nearest = np.clip(anchor, box.min, box.max)
+    if np.hypot(*(nearest - anchor)) > REACHES[1]:
+        style = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        end = tuple((nearest - anchor) * to_points)
+        axes.annotate("", point, end, textcoords="offset points", arrowprops=style).set_in_layout(False)
+    return box
+
+
+def _beside(anchor: np.ndarray, size: np.ndarray, reach: float, side: Sequence[float]) -> Bbox:
+    """Return a box of that size on a side of the anchor, so many pixels away."""
+    centre = anchor + np.array(side) * (size / 2 + reach)
+    return Bbox([centre - size / 2, centre + size / 2])
+
+
+def _around(place: np.ndarray, reach: float) -> Bbox:
+    return Bbox([place - reach, place + reach])
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+    """Return the pixels of a box that are taken or not inside."""
+    shared = [Bbox.intersection(box, other) for other in taken]
+    within = Bbox.intersection(box, inside)
+    free = within.width * within.height if within else 0
+    covered = sum(other.width * other.height + 1 for other in shared if other)
+    return covered + box.width * box.height - free
+
+
+@matplotlib.rc_context(STYLE)
+def bench(results: Mapping[str, Any]) -> Figure:
+    """Draw the seconds that programs need for an epoch, and for a training to the published accuracy.
+
+    results: as bench.py writes them, with epoch, to_target and machine.
+    """
+    panels = _bench_panels(results)
+    bars_in_all = sum(len(bars) for _, bars in panels)
+    figure = _figure(1.05 * len(panels) + 0.34 * bars_in_all + 0.4)
+    heights = [len(bars) + 0.6 for _, bars in panels]
+    grid = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (title, bars) in zip(grid[:, 0], panels, strict=True):
+        _bench_bars(axes, bars)
+        axes.set_title(title, loc="left", size=10)
+    machine = results["machine"]
+    text = ", ".join([f"{machine['threads']} cores of {machine['processor']}", *machine.get("features", [])])
+    grid[-1, 0].set_xlabel(f"seconds\n{_wrapped(text, 110)}")
+    figure.suptitle("Training time, and speed compared with the tutorial loop", size=12)
+    return figure
+
+
+def _bench_panels(results: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Return a title and the seconds by program for each panel."""
+    panels = []
+    for model, programs in results["epoch"].items():
+        panels.append((f"{model.upper()}: one epoch", {name: row["seconds"] for name, row in programs.items()}))
+        goal = results["to_target"][model]
+        if "tutorial" in goal:
+            bars = {"tutorial loop": goal["tutorial"]["seconds"], "ours, fast": goal["ours"]["seconds"]}
+            panels.append((f"{model.upper()}: training to {goal['target']:.2%} on the test images", bars))
+    return panels
+
+
+def _bench_bars(axes: Axes, bars: Mapping[str, float]) -> None:
+    """Draw a bar for each program; ours are orange."""
+    reference = bars["tutorial loop"]
+    for place, (name, seconds) in enumerate(bars.items()):
+        axes.barh(place, seconds, color=ORANGE if name.startswith("ours") else GREY, height=0.7)
+        ratio = f"   {reference / seconds:.1f} times as fast" if name != "tutorial loop" else ""
+        axes.text(seconds, place, f"  {seconds:.2f} s{ratio}", va="center", size=9)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.4 * max(bars.values()))
+    axes.tick_params(axis="y", length=0)
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def _wrapped(name: str, width: int = 18, lines: int = 2) -> str:
+    """Break a long name into lines, and end it with … where these do not suffice."""
+    return textwrap.fill(name, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
+
+
+def _shortened(name: str, width: int = 24) -> str:
+    return name if len(name) <= width else f"{name[: width - 1]}…"
+
+
+def _percent(confidence: float) -> str:
+    """Write 0.99996 as "> 99.99%": rounding up to 100% would claim a certainty that the model does not have."""
+    return "> 99.99%" if confidence > 0.9999 else f"{100 * confidence:.2f}%"

@@ -1,0 +1,209 @@
+"""The finished runs of train.py, a row for each way of training: accuracy over seeds, cost, and the command.
+
+rows = runs.collect([Path("runs")])    # plain values, fit for JSON
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
+
+import metrics
+import models
+import recipes
+from runtime import cli, sources
+from runtime.errors import UserError
+
+HISTORIES = "best_*_fmnist.json"
+FLAGS = ("select", "epochs", "batch_size")  # of train.py; --lr and --precision need more care
+
+
+class Run(NamedTuple):
+    """What the comparison needs of one history."""
+
+    path: Path
+    model: str
+    seed: int
+    flags: dict[str, Any]  # in today's form
+    data: str  # name of the data set
+    setting: str  # all that must be equal for two runs to share a row, as JSON
+    accuracy: float  # on the test set
+    seconds: float  # of training
+    cores: int
+
+
+def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return a row for each way of training, from the finished runs in the folders and one level below.
+
+    Runs share a row if everything but the seed is equal: model, flags, teachers, data. The rows are in the order of
+    models, recipes and selections. Runs that cannot be compared are skipped, with a notice.
+    Raises UserError where a folder has no finished run, where no run can be compared, or where a file is no history.
+    """
+    groups: dict[str, dict[int, Run]] = {}
+    for run in _known(_finished(folders)):
+        seeds = groups.setdefault(run.setting, {})
+        if run.seed in seeds:
+            first = cli.shown(seeds[run.seed].path)
+            _notice(f"{cli.shown(run.path)} skipped: {first} is a run of the same flags and seed")
+        else:
+            seeds[run.seed] = run
+    return [describe(list(seeds.values())) for seeds in sorted(groups.values(), key=_place)]
+
+
+def _finished(folders: Sequence[Path]) -> list[Run]:
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        paths = sorted([*folder.glob(HISTORIES), *folder.glob(f"*/{HISTORIES}")])
+        runs = {path.resolve(): run for path in paths if (run := _read(path))}
+        if not runs:
+            raise UserError(f"{cli.shown(folder)} has no finished run, as {HISTORIES} or */{HISTORIES} of train.py")
+        found |= {path: run for path, run in runs.items() if path not in found}
+    return list(found.values())
+
+
+def _read(path: Path) -> Run | None:
+    """Read one history; return None for a run that has not finished. Raises UserError for any other file."""
+    try:
+        history = json.loads(path.read_text())
+        flags = recipes.upgrade(history["flags"])
+        if history["status"] != "finished":
+            return None
+        if not isinstance(flags["recipe"], str) or flags["select"] not in recipes.SELECTIONS:
+            raise ValueError("flags that no version of train.py has written")
+        parts = [history, *history.get("resumed", [])]  # a resumed run may have had more cores, or fewer
+        return Run(
+            path=path,
+            model=history["model"],
+            seed=history["seed"],
+            flags=flags,
+            data=history["data"],
+            setting=_setting(history, flags),
+            accuracy=float(history["test"]["accuracy"]),
+            seconds=sum(float(epoch["seconds"]) for epoch in history["epochs"]),
+            cores=max(part.get("threads", 0) for part in parts),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{cli.shown(path)} is no history of a run of train.py") from None
+
+
+def _setting(history: dict[str, Any], flags: dict[str, Any]) -> str:
+    """Write down all that two runs of one row have in common. A teacher is its weights, whatever the file's name."""
+    facts = {
+        "model": history["model"],
+        "flags": flags | {"teachers": [teacher["sha256"] for teacher in flags["teachers"]]},
+        "data": history["data"],
+        "classes": list(history.get("classes", sources.CLASSES)),  # old histories are all of Fashion-MNIST's classes
+        "images": [history["train_images"], history["select_images"]],
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _known(runs: Iterable[Run]) -> list[Run]:
+    """Keep the runs whose model and recipe are still in models.py and recipes.py; name the others in one notice."""
+    known, missing = [], set()
+    for run in runs:
+        name = run.flags["recipe"]
+        rows = recipes.RECIPES.get(name, {})
+        if run.model in models.MODELS and (run.model in rows or recipes.FALLBACK in rows):
+            known.append(run)
+        else:
+            missing.add(f"{run.model} by {name}")
+    names = ", ".join(sorted(missing))
+    if missing and not known:
+        raise UserError(f"models.py and recipes.py do not have the model and recipe of any run: {names}")
+    if missing:
+        _notice(f"skipped runs whose model or recipe models.py and recipes.py do not have: {names}")
+    return known
+
+
+def _place(seeds: dict[int, Run]) -> list[int]:
+    """Return the place of a row in the order of models.py and recipes.py."""
+    run = next(iter(seeds.values()))
+    orders = (list(models.MODELS), list(recipes.RECIPES), list(recipes.SELECTIONS))
+    names = (run.model, run.flags["recipe"], run.flags["select"])
+    return [order.index(name) for order, name in zip(orders, names, strict=True)]
+
+
+def describe(runs: Sequence[Run]) -> dict[str, Any]:
+    """Describe runs that differ in their seed alone as one row.
+
+    Seconds are the median of the runs with the most cores, since runs that were trained side by side had fewer each.
+    Several runs have "sd" and "ci95", the interval of the mean. "published" is the published accuracy, where the row
+    repeats the published protocol; "changed" holds values of the recipe that are no longer those of recipes.py.
+    """
+    model, flags, data = runs[0].model, runs[0].flags, runs[0].data
+    accuracies = [run.accuracy for run in runs]
+    cores = max(run.cores for run in runs)
+    network = models.build(model)
+    row = {
+        "model": model,
+        "recipe": flags["recipe"],
+        "select": flags["select"],
+        "teachers": [teacher["checkpoint"] for teacher in flags["teachers"]],
+        "epochs": flags["epochs"],
+        "data": data,
+        "seeds": sorted(run.seed for run in runs),
+        "accuracy": mean(accuracies),
+        "published": recipes.PUBLISHED.get(model) if _is_published(model, flags, data) else None,
+        "seconds": median(run.seconds for run in runs if run.cores == cores),
+        "cores": cores,
+        "precision": flags["precision"],
+        "parameters": models.count_parameters(network),
+        "mflop": models.count_flop(network) / 1e6,
+        "command": command(model, flags),
+        "changed": changed(model, flags),
+    }
+    return row | ({"sd": stdev(accuracies), "ci95": metrics.mean_interval(accuracies)} if len(runs) > 1 else {})
+
+
+def _is_published(model: str, flags: dict[str, Any], data: str) -> bool:
+    """Say whether a run follows the published protocol, which chooses the best epoch on the test set."""
+    if flags["recipe"] != "published" or data != sources.NAME:
+        return False
+    protocol = recipes.find("published", model)._replace(select="test")
+    return flags == recipes.upgrade(protocol._asdict())
+
+
+def command(model: str, flags: dict[str, Any]) -> str:
+    """Return the flags of train.py that repeat a run, but for the seed and the data."""
+    usual = recipes.find(flags["recipe"], model)._asdict()
+    words = ["--model", model]
+    words += ["--recipe", flags["recipe"]] if flags["recipe"] != _default(model) else []
+    for key in (*FLAGS, _rate(flags)):
+        flag = "--lr" if key == _rate(flags) else "--" + key.replace("_", "-")
+        words += [flag, str(flags[key])] if flags[key] != usual[key] else []
+    words += ["--precision", flags["precision"]] if flags["precision"] != _precision(usual["precision"]) else []
+    words += ["--deterministic"] if flags["deterministic"] else []
+    teachers = [teacher["checkpoint"] for teacher in flags["teachers"]]
+    return " ".join([*words, *(["--teacher", *teachers] if teachers else [])])
+
+
+def _rate(flags: dict[str, Any]) -> str:
+    """Name the value that --lr sets."""
+    return "muon_lr" if flags["optimizer"] == "muon" else "lr"
+
+
+def _default(model: str) -> str | None:
+    try:
+        return recipes.default(model)
+    except UserError:  # the model has several recipes, so that one must be named
+        return None
+
+
+def _precision(name: str) -> str:
+    """Return what a recipe's precision is on the processors of the shipped runs, as histories record it."""
+    return "bfloat16" if name == "auto" else name
+
+
+def changed(model: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a run's recipe that differ from recipes.py and that no flag of train.py sets."""
+    usual = recipes.find(flags["recipe"], model)._asdict()
+    return {
+        key: flags[key] for key in usual if flags[key] != usual[key] and key not in (*FLAGS, _rate(flags), "precision")
+    }
+
+
+def _notice(text: str) -> None:
+    print(f"compare: {text}", file=sys.stderr)

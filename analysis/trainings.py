@@ -1,0 +1,304 @@
+"""The long trainings behind the error analysis: other seeds of every model and recipe, and five folds.
+
+trainings.run(cli.DEEP, train, test)                 # hours; if it is interrupted, the same call resumes it
+results = trainings.Results(cli.DEEP, fingerprint)   # the results that are there
+
+What the analysis needs of a training is kept in a JSON file of one line, written when the training has ended:
+runs/deep/<data>/<model>-<recipe>-<seed>.json and fold-<k>.json. <data> are the first digits of the images' SHA-256.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import engine
+import metrics
+import models
+import recipes
+import training.run
+from analysis import corruptions, explain, mistakes
+from analysis.code_key import code_key
+from runtime import cli, device, files
+from runtime.errors import UserError
+from training.record import history_of
+
+SEEDS = 5
+FOLDS = 5
+FOLD_MODEL, FOLD_RECIPE, FOLD_EPOCHS = "cnn", "best", 10  # of the trainings that give the out-of-fold probabilities
+FOLD_SEED = 5  # of the folds alone
+PROBABILITY = 10_000  # stands for a probability of 1 in a file
+KEPT = ("device", "threads", "kernels", "versions", "training_seconds", "train_images", "best_epoch")  # of a history
+
+Key = dict[str, Any]
+Result = dict[str, Any]
+
+
+class DeepError(UserError):
+    """A result of a deep training that cannot be used."""
+
+
+class Stopped(Exception):
+    """A training was interrupted and has saved itself; the argument is the exit code."""
+
+
+# --- results ---------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The finished trainings of one data set, of the models and recipes as they are now; others are skipped.
+
+    stale: the names of the skipped files.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str):
+        self.folder = Path(folder, fingerprint[:8])
+        self.stale: set[str] = set()
+
+    def seeds(self) -> list[Result]:
+        """Return the results of the seed trainings, in the order of jobs()."""
+        found = [self.read(name, key) for name, key in seed_jobs().items()]
+        return [result for result in found if result]
+
+    def out_of_fold(self, n: int) -> np.ndarray | None:
+        """Return the out-of-fold probabilities float64 (n, 10) of the training images, then the test images, if known.
+
+        Each row is by a model that was not trained on the image.
+        """
+        probabilities = np.zeros((n, len(data.CLASSES)))
+        for index, (name, key) in zip(fold_indices(n), fold_jobs().items(), strict=True):
+            result = self.read(name, key)
+            if not result:
+                return None
+            probabilities[index] = np.reshape(result["probabilities"], (len(index), -1)) / PROBABILITY
+        return probabilities / probabilities.sum(1, keepdims=True)
+
+    def embedding(self, digest: str) -> np.ndarray | None:
+        """Return the map float64 (n, 2) of the features of the checkpoint with that SHA-256, if it has been made."""
+        result = self.read(f"map-{digest[:8]}", digest)
+        return np.array(result["map"]) / 100 if result else None
+
+    def embed(self, digest: str, features: torch.Tensor) -> None:
+        """Make the map of a checkpoint's features float32 (n, d), unless it is there."""
+        name = f"map-{digest[:8]}"
+        if self._path(name).exists():
+            return
+        if not importlib.util.find_spec("openTSNE"):
+            print("no map: it needs the package openTSNE: pip install -r requirements-optional.txt", file=sys.stderr)
+            return
+        print("deep: a map of the features, in a minute or two", flush=True)
+        places = np.rint(explain.layout(features) * 100).astype(int)
+        files.write_atomically(self._path(name), json.dumps({"key": digest, "map": places.tolist()}).encode())
+
+    def read(self, name: str, key: Key | str) -> Result | None:
+        """Return the result of that name, or None if there is none with this key."""
+        path = self._path(name)
+        try:
+            result = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DeepError(f"{path}: {error}; delete it, and --deep makes it again") from None
+        if not isinstance(result, dict) or result.get("key") != key:
+            self.stale.add(path.name)
+            return None
+        return result
+
+    def write(self, name: str, key: Key, result: Result) -> None:
+        """Write the result of a training."""
+        text = json.dumps({"key": key, **result}, allow_nan=False, ensure_ascii=False)
+        files.write_atomically(self._path(name), (text + "\n").encode())
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+# --- which trainings there are ---------------------------------------------------------------------------
+
+
+def jobs() -> dict[str, Key]:
+    """List every training by name, with all that its result depends on, in the order in which they run."""
+    return fold_jobs() | seed_jobs()
+
+
+def fold_jobs() -> dict[str, Key]:
+    """List the trainings on all images but one fold."""
+    recipe = recipes.find(FOLD_RECIPE, FOLD_MODEL)._replace(epochs=FOLD_EPOCHS)
+    key = _key(FOLD_MODEL, FOLD_RECIPE, recipe, FOLD_SEED)
+    return {f"fold-{fold}": key | {"fold": fold} for fold in range(FOLDS)}
+
+
+def seed_jobs() -> dict[str, Key]:
+    """List the trainings of every model by every recipe that needs no teacher, SEEDS of each."""
+    every = {}
+    for name, rows in recipes.RECIPES.items():
+        trained = {
+            model: recipes.find(name, model) for model in models.MODELS if model in rows or _falls_to(name, model)
+        }
+        for seed in range(SEEDS):
+            for model, recipe in trained.items():
+                if not recipe.distillation:
+                    every[f"{model}-{name}-{seed}"] = _key(model, name, recipe, seed)
+    return every
+
+
+def _falls_to(recipe: str, model: str) -> bool:
+    """Check whether a recipe is the default of a model that has no row in the table."""
+    return not any(model in rows for rows in recipes.RECIPES.values()) and recipe == recipes.default(model)
+
+
+def _key(model: str, recipe_name: str, recipe: recipes.Recipe, seed: int) -> Key:
+    defaults = recipes.Recipe._field_defaults  # left out, so that a new field does not make old results stale
+    values = {
+        name: value for name, value in recipe._asdict().items() if name not in defaults or value != defaults[name]
+    }
+    key = {"model": model, "code": code_key(model), "recipe_name": recipe_name, "recipe": values, "seed": seed}
+    return json.loads(json.dumps(key))  # as it is read from a file
+
+
+def fold_indices(n: int) -> list[np.ndarray]:
+    """Return the indices, int64, of the images in each of FOLDS folds; this partition of n images never changes."""
+    return [np.sort(part) for part in np.array_split(np.random.RandomState(FOLD_SEED).permutation(n), FOLDS)]
+
+
+# --- doing them ------------------------------------------------------------------------------------------
+
+
+def run(
+    folder: str | Path, train: data.Split, test: data.Split, data_dir: str | None = None, device_name: str = "auto"
+) -> int:
+    """Do every training that has no result yet, and print the progress.
+
+    folder: where the results are, with a folder for each data set; train: the split "train+val"; data_dir: where the
+    splits are from. Returns 0, or the exit code of an interruption; then the same call resumes the training.
+    """
+    results, every = Results(folder, data.fingerprint(train, test)), jobs()
+    results.folder.mkdir(parents=True, exist_ok=True)
+    left = [(name, key) for name, key in every.items() if not results.read(name, key)]
+    print(f"deep: {len(every) - len(left)} of {len(every)} trainings are in {cli.shown(results.folder)}", flush=True)
+    trainer, pace = _Trainer(results.folder / "checkpoints", train, test, data_dir, device_name), _Pace()
+    for number, (name, key) in enumerate(left):
+        place = len(every) - len(left) + number + 1
+        remaining = pace.remaining(key for _, key in left[number:])
+        print(f"\ndeep: {name}, training {place} of {len(every)}{remaining}", flush=True)
+        start = time.monotonic()
+        try:
+            result = trainer.train_fold(name, key) if "fold" in key else trainer.train_seed(name, key)
+        except Stopped as stopped:
+            return stopped.args[0]
+        pace.add(key, result["training_seconds"], time.monotonic() - start)
+        results.write(name, key, {"data": test.source, **result})
+    return 0
+
+
+class _Pace:
+    """Estimates how long trainings take from those that this call has done."""
+
+    def __init__(self) -> None:
+        self.by_model: dict[str, tuple[float, float]] = {}  # seconds an epoch, and seconds of everything else
+
+    def add(self, key: Key, training_seconds: float, seconds: float) -> None:
+        """Note how long a training took, and how long it took with everything around it."""
+        self.by_model[key["model"]] = training_seconds / key["recipe"]["epochs"], max(0, seconds - training_seconds)
+
+    def remaining(self, keys: Iterable[Key]) -> str:
+        """Describe how long these trainings take, or return "" while the pace of one of them is unknown."""
+        total = 0.0
+        for key in keys:
+            if key["model"] not in self.by_model:
+                return ""
+            an_epoch, rest = self.by_model[key["model"]]
+            total += key["recipe"]["epochs"] * an_epoch + rest
+        return f", about {timedelta(seconds=round(total))} for all that are left"
+
+
+class _Trainer:
+    """Trains as train.py does, each training in a separate folder, and measures what the analysis needs."""
+
+    def __init__(self, folder: Path, train: data.Split, test: data.Split, data_dir: str | None, device_name: str):
+        self.folder, self.train, self.test, self.data_dir = folder, train, test, data_dir
+        self.device_name = device_name
+        self.device = device.pick_device(device_name)
+
+    def train_seed(self, name: str, key: Key) -> Result:
+        """Train on the whole set, and measure the model on the test images and on harder ones."""
+        model, result = self._train(name, key, self.data_dir)
+        test = self.test
+        logits = engine.predict_logits(model, test.to(self.device))
+        measured, chances = metrics.evaluate(logits, test.labels, test.classes), metrics.probabilities(logits)
+        records = mistakes.most_confident(chances, test.labels.numpy(), test.classes)
+        return result | {
+            **{figure: measured[figure] for figure in ("n", "accuracy", "accuracy_ci95", "log_loss", "ece")},
+            "predicted": "".join(map(str, chances.argmax(1))),  # a digit for each test image
+            "findings": mistakes.check_findings(records, test.classes),
+            "robustness": self._robustness(model),
+        }
+
+    def _robustness(self, model: nn.Module) -> dict[str, list[float]]:
+        """Measure the accuracy at strengths 1 to 5 of every kind of corruption."""
+        found: dict[str, list[float]] = {kind: [] for kind in corruptions.KINDS}
+        steps = [(kind, strength) for kind in corruptions.KINDS for strength in range(1, 6)]
+        for kind, strength in tqdm(steps, desc="robustness", disable=None, unit=" sets"):
+            harder = self.test._replace(images=corruptions.corrupt(self.test.images, kind, strength))
+            logits = engine.predict_logits(model, harder.to(self.device))
+            found[kind].append(metrics.accuracy(logits, self.test.labels))
+        return found
+
+    def train_fold(self, name: str, key: Key) -> Result:
+        """Train on all images but the fold's, and keep the probabilities of these."""
+        parts = zip(self.train[1:3], self.test[1:3], strict=True)
+        images, labels = (torch.cat(both) for both in parts)
+        index = fold_indices(len(labels))[key["fold"]]
+        others = np.setdiff1d(np.arange(len(labels)), index)
+        folder, classes = self._folder(name, key) / "data", self.test.classes
+        sets = {"train": (images[others], labels[others]), "t10k": (images[index], labels[index])}
+        data.write(folder, sets, None if classes == data.CLASSES else classes)
+        model, result = self._train(name, key, str(folder))
+        held_out = data.Split(name, images[index], labels[index], self.test.source, classes)
+        logits = engine.predict_logits(model, held_out.to(self.device))
+        probabilities = logits.double().softmax(1).mul(PROBABILITY).round().long()
+        return result | {
+            "n": len(index),
+            "accuracy": metrics.accuracy(logits, held_out.labels),
+            "probabilities": probabilities.flatten().tolist(),  # of ten classes for each image, in 1 / PROBABILITY
+        }
+
+    def _folder(self, name: str, key: Key) -> Path:
+        """Return the folder of a training; after an edit of its code or recipe it is another one."""
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return self.folder / f"{name}-{digest[:8]}"
+
+    def _train(self, name: str, key: Key, data_dir: str | None) -> tuple[nn.Module, Result]:
+        """Train, or resume the training. Returns the model, on the device, and facts about the run."""
+        folder = self._folder(name, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        request = training.run.Request(
+            key["model"],
+            recipe=key["recipe_name"],
+            epochs=key["recipe"]["epochs"],
+            seed=key["seed"],
+            checkpoint_dir=folder,
+            resume=True,
+            data_dir=data_dir,
+            device=self.device_name,
+        )
+        if code := training.run.run(request):
+            raise Stopped(code)
+        path = folder / f"best_{key['model']}_fmnist.pt"
+        history = history_of(path)
+        if not history:
+            raise DeepError(f"{path}: its history is missing; delete {folder}, and --deep makes it again")
+        facts = {name: history[name] for name in KEPT} | {"precision": history["flags"]["precision"]}
+        return checkpoint.load(path)[0].to(self.device), facts

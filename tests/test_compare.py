@@ -1,0 +1,268 @@
+"""compare.py as a user runs it, on finished runs of the sample; docs/results.md and the committed runs."""
+
+import json
+import re
+import shutil
+from statistics import median
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+from scipy.stats import t
+
+import compare
+import models
+import recipes
+from analysis import runs as comparison
+from runtime.sources import NAME
+
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+TEACHER = "resnet-best-0"
+
+
+def copy_run(trained, folder, model, flags=None, *, name=None, **changes):
+    """Write the history of a trained model into `folder`, with other flags and values, and as a model of that name."""
+    run = json.loads((trained[0] / f"best_{model}_fmnist.json").read_text())
+    folder.mkdir(parents=True)
+    content = run | changes | {"model": name or model, "flags": run["flags"] | (flags or {})}
+    (folder / f"best_{content['model']}_fmnist.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """Three runs of the MLP of made-up accuracies, one of the CNN, and one that has not finished."""
+    for name, model, changes in (
+        ("mlp-0", "mlp", {"seed": 0, "test": {"accuracy": 0.80}, "threads": 2, "epochs": [{"seconds": 30.0}] * 3}),
+        ("mlp-1", "mlp", {"seed": 1, "test": {"accuracy": 0.83}, "threads": 1, "epochs": [{"seconds": 50.0}] * 3}),
+        ("mlp-2", "mlp", {"seed": 2, "test": {"accuracy": 0.82}, "threads": 2, "epochs": [{"seconds": 28.0}] * 3}),
+        ("cnn-0", "cnn", {"threads": 1}),
+        ("cnn-1", "cnn", {"seed": 1, "status": "interrupted", "test": None}),
+    ):
+        copy_run(trained, tmp_path / "runs" / name, model, **changes)
+    return tmp_path / "runs"
+
+
+def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    finished = run_script("compare.py", runs, "--json", numbers, "--figures-dir", tmp_path / "figures")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    mlp, cnn = json.loads(numbers.read_text())["runs"]
+    values = np.array([0.80, 0.83, 0.82])
+    assert mlp["seeds"] == [0, 1, 2]
+    assert mlp["accuracy"] == pytest.approx(values.mean())
+    assert mlp["sd"] == pytest.approx(values.std(ddof=1))
+    assert mlp["ci95"] == pytest.approx(t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5))
+    assert (mlp["parameters"], mlp["mflop"]) == (101_770, 0.203264)
+    assert mlp["command"] == "--model mlp --epochs 3 --batch-size 32"
+    assert (cnn["seeds"], "sd" in cnn) == ([0], False)
+    assert (mlp["seconds"], mlp["cores"], cnn["cores"]) == (87, 2, 1)
+    assert "| published, 3 epochs, on sample |" in finished.stdout
+    assert "| **81.67 ± 1.53%** of 3 |" in finished.stdout
+    assert "| 1.4 min, float32 |" in finished.stdout
+    assert "float32, one core |" in finished.stdout
+    assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["frontier.png"]
+    assert compare.markdown(compare.collect(runs)) in finished.stdout
+
+
+def test_the_literature_says_which_results_are_of_the_first_release(runs, tmp_path):
+    run_script("compare.py", runs, "--json", tmp_path / "numbers.json", "--figures-dir", tmp_path)
+    systems = json.loads((tmp_path / "numbers.json").read_text())["literature"]
+    assert systems == compare.literature()
+    old = {"DenseNet-BC", "WRN-40-4", "WRN-28-10", "WRN-28-10, random erasing"}
+    assert {system["name"] for system in systems if system["old_release"]} == old
+    for name in old:
+        assert name in RESULTS
+
+
+def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
+    rows = compare.collect(runs / "mlp-1", runs / "cnn-0", runs / "mlp-1" / ".." / "mlp-1")
+    assert [(row["model"], row["seeds"]) for row in rows] == [("mlp", [1]), ("cnn", [0])]
+    assert compare.collect(runs, runs / "mlp-1") == compare.collect(runs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "column"),
+    [
+        ({"lr": 0.002}, {}, "--lr 0.002"),
+        ({"batch_size": 128}, {}, "`--model mlp --epochs 3`"),
+        ({"precision": "bfloat16"}, {}, "--precision bfloat16"),
+        ({"deterministic": True}, {}, "--deterministic"),
+        ({"select": "last"}, {}, "--select last"),
+        ({"epochs": 4}, {}, "| published, 4 epochs, on sample |"),
+        ({"weight_decay": 0.1}, {}, "| published, 3 epochs, weight_decay 0.1, on sample |"),
+        ({}, {"data": "others"}, ", on others |"),
+        ({}, {"train_images": 900}, ""),
+        ({}, {"classes": list("abcdefghij")}, ""),
+    ],
+)
+def test_runs_that_differ_in_anything_else_are_other_rows(flags, changes, column, trained, runs):
+    copy_run(trained, runs / "mlp-3", "mlp", flags, seed=3, **changes)
+    rows = [row for row in compare.collect(runs) if row["model"] == "mlp"]
+    assert sorted(row["seeds"] for row in rows) == [[0, 1, 2], [3]]
+    (other,) = [
+        line for line, row in zip(compare.markdown(rows).splitlines()[2:], rows, strict=True) if row["seeds"] == [3]
+    ]
+    assert column in other
+
+
+def test_a_teacher_is_its_weights_and_not_the_name_of_its_file(trained, tmp_path):
+    teacher = {"checkpoint": "a.pt", "sha256": "1" * 64, "model": "cnn", "select": "last"}
+    others = (teacher, teacher | {"checkpoint": "b.pt"}, teacher | {"sha256": "2" * 64})
+    for seed, each in enumerate(others):
+        flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "teachers": [each]}
+        copy_run(trained, tmp_path / f"mlp-{seed}", "mlp", flags, seed=seed)
+    rows = compare.collect(tmp_path)
+    assert [row["seeds"] for row in rows] == [[0, 1], [2]]
+    assert rows[0]["command"].endswith(" --recipe distilled --precision auto --teacher a.pt")
+
+
+def test_the_same_run_twice_is_counted_once_with_a_notice(trained, runs, capsys):
+    copy_run(trained, runs / "mlp-9", "mlp", seed=2, test={"accuracy": 0.99})
+    (mlp, _) = compare.collect(runs)
+    assert (mlp["seeds"], mlp["accuracy"]) == ([0, 1, 2], pytest.approx(2.45 / 3))
+    (notice,) = capsys.readouterr().err.splitlines()
+    assert re.search("mlp-9.* skipped: .*mlp-2.* is a run of the same flags and seed", notice)
+
+
+def test_runs_of_models_and_recipes_that_are_gone_are_named_once(trained, runs, capsys):
+    for number in range(2):
+        copy_run(trained, runs / f"other-{number}", "mlp", name="other")
+        copy_run(trained, runs / f"gone-{number}", "mlp", {"recipe": "gone"}, seed=number)
+    assert [row["model"] for row in compare.collect(runs)] == ["mlp", "cnn"]
+    (notice,) = capsys.readouterr().err.splitlines()
+    assert notice.endswith("models.py and recipes.py do not have: mlp by gone, other by published")
+    shutil.rmtree(runs / "mlp-0")
+    assert_one_line_error(run_script("compare.py", runs / "other-0"), "do not have .* other by published")
+
+
+def test_histories_of_every_version_are_compared(trained, runs):
+    """The oldest ones lack most flags; these stand for the defaults, and augmentations had flags of their own."""
+    oldest = {"epochs": 3, "lr": 1e-3, "batch_size": 32, "select": "val", "deterministic": False}
+    path = runs / "mlp-1" / "best_mlp_fmnist.json"
+    run = json.loads(path.read_text())
+    del run["classes"], run["processor"], run["resumed"]
+    path.write_text(json.dumps(run | {"flags": oldest, "data": NAME}))
+    for number in (0, 2):
+        path = runs / f"mlp-{number}" / "best_mlp_fmnist.json"
+        run = json.loads(path.read_text())
+        flags = {key: value for key, value in run["flags"].items() if key not in ("augment", "loss", "teachers")}
+        flags |= {"flip": False, "shift": 0, "erase": 0}
+        run["classes"] = list(comparison.sources.CLASSES)
+        path.write_text(json.dumps(run | {"flags": flags, "data": NAME}))
+    assert compare.collect(runs)[0]["seeds"] == [0, 1, 2]
+
+
+def flags_of(recipe, model, **changes):
+    """Return flags as a run by that recipe records them on a processor with bfloat16."""
+    row = recipes.find(recipe, model)._asdict() | changes
+    precision = "bfloat16" if row["precision"] == "auto" else row["precision"]
+    return recipes.upgrade({"recipe": recipe, **row, "precision": precision})
+
+
+def test_a_command_repeats_its_row():
+    assert comparison.command("cnn", flags_of("published", "cnn", select="test")) == "--model cnn --select test"
+    assert comparison.command("cnn", flags_of("best", "cnn")) == "--model cnn --recipe best"
+    assert comparison.command("resnet", flags_of("best", "resnet")) == "--model resnet"
+    taught = flags_of("distilled", "mlp", teachers=[{"checkpoint": "a/best_cnn_fmnist.pt"}, {"checkpoint": "b.pt"}])
+    told = "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
+    assert comparison.command("mlp", taught) == told
+    faster = flags_of("fast", "mlp", muon_lr=0.2, precision="float32")  # --lr sets Muon's rate where there is one
+    assert comparison.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision float32"
+    assert comparison.changed("mlp", faster) == {}
+    assert comparison.changed("mlp", flags_of("fast", "mlp", lr=0.3)) == {"lr": 0.3}
+
+
+def test_without_a_run_it_says_so(runs, tmp_path):
+    (tmp_path / "none").mkdir()
+    for folder in (
+        runs / "cnn-1",
+        tmp_path / "none",
+        tmp_path / "missing",
+        tmp_path / "runs" / "mlp-0" / "best_mlp_fmnist.json",
+    ):
+        assert_one_line_error(run_script("compare.py", runs, folder), f"{folder.name} has no finished run")
+    for content in (
+        "{",
+        "[]",
+        '{"status": "finished", "flags": {}}',
+        '{"status": "finished", "flags": {"select": []}}',
+    ):
+        (runs / "cnn-1" / "best_cnn_fmnist.json").write_text(content)
+        assert_one_line_error(run_script("compare.py", runs), "cnn-1.*is no history")
+
+
+# --- the committed runs ----------------------------------------------------------------------------------
+
+
+def committed(name):
+    """Return the histories of the runs of that name, in the order of their seeds."""
+    return [json.loads(path.read_text()) for path in sorted(ROOT.glob(f"runs/{name}-[0-9]/best_*.json"))]
+
+
+def test_the_results_page_has_the_table_of_the_runs(capsys):
+    rows = compare.collect(compare.RUNS)
+    assert capsys.readouterr().err == ""
+    assert compare.markdown(rows) in RESULTS
+    assert len(rows) == 11
+    for row, line in zip(rows, compare.brief(rows).splitlines()[2:], strict=True):
+        assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epochs")
+        assert line.count("|") == 6
+        assert f"| `python train.py {row['command']}` |" in line
+
+
+def test_the_figures_numbers_are_those_of_the_runs():
+    drawn = json.loads((ROOT / "docs" / "figures" / "frontier.json").read_text())
+    assert drawn["literature"] == compare.literature()
+    for old, row in zip(drawn["runs"], compare.collect(compare.RUNS), strict=True):
+        assert old == {key: pytest.approx(value) if key in ("ci95", "sd") else value for key, value in row.items()}
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("select", ["val", "test"])
+def test_the_published_runs_are_of_the_published_protocol(model, select):
+    assert len(committed(f"{model}-{select}")) == 5
+    for seed, run in enumerate(committed(f"{model}-{select}")):
+        assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", NAME)
+        published = {"epochs": {"mlp": 5, "cnn": 15}[model], "lr": 1e-3, "batch_size": 128, "select": select}
+        assert run["flags"] == published | {"deterministic": False}
+        assert recipes.upgrade(run["flags"]) == flags_of("published", model, select=select)
+        assert run["test"]["n"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "seeds", "limit"),  # in seconds on the two cores of the table
+    [
+        ("mlp", "fast", 5, 1),
+        ("cnn", "fast", 5, 10),
+        ("mlp", "best", 5, 600),
+        ("cnn", "best", 5, 600),
+        ("mlp", "distilled", 5, 6000),
+        ("cnn", "distilled", 3, 6000),
+        ("resnet", "best", 3, 6000),
+    ],
+)
+def test_the_other_runs_are_of_the_recipes_as_they_are(model, recipe, seeds, limit):
+    (teacher,) = {run["checkpoint_sha256"] for run in committed("resnet-best") if run["seed"] == 0}
+    assert len(committed(f"{model}-{recipe}")) == seeds
+    for seed, run in enumerate(committed(f"{model}-{recipe}")):
+        assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", NAME)
+        assert (run["train_images"], run["test"]["n"]) == (60_000, 10_000)
+        flags = recipes.upgrade(run["flags"])
+        teachers = flags["teachers"]
+        assert [each["sha256"] for each in teachers] == ([teacher] if recipe == "distilled" else [])
+        assert flags == flags_of(recipe, model) | {"teachers": teachers, "precision": flags["precision"]}
+    seconds = median(sum(row["seconds"] for row in run["epochs"]) for run in committed(f"{model}-{recipe}"))
+    assert seconds < limit
+
+
+def test_every_history_names_its_processor_and_has_an_epoch_a_line():
+    paths = [*ROOT.glob("runs/*/best_*_fmnist.json"), *ROOT.glob("checkpoints/distilled/best_*_fmnist.json")]
+    assert len(paths) >= 51
+    for path in paths:
+        text = path.read_text()
+        run = json.loads(text)
+        assert "avx512_bf16" in run["processor"], path
+        assert len(text.splitlines()) < len(run["epochs"]) + 40, path
+    assert set(models.MODELS) == {run["model"] for run in map(json.loads, (path.read_text() for path in paths))}

@@ -1,0 +1,333 @@
+"""README, docs/ and the model card: every number is that of its run or figure, every file, flag and link exists."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from conftest import ROOT, run_script
+
+import checkpoint
+import compare
+import data
+import engine
+import metrics
+import models
+from training.record import history_of
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README = (ROOT / "README.md").read_text()
+FIGURES = ROOT / "docs" / "figures"
+SCRIPTS = ("train", "evaluate", "analyze_errors", "predict", "compare", "demo", "export", "bench")
+SHIPPED = {  # checkpoints/: runs/
+    "best_mlp_fmnist.pt": "mlp-val-0",
+    "best_cnn_fmnist.pt": "cnn-val-0",
+    "best_resnet_fmnist.pt": "resnet-best-0",
+    "distilled/best_mlp_fmnist.pt": "mlp-distilled-0",
+    "distilled/best_cnn_fmnist.pt": "cnn-distilled-0",
+}
+OF_TOOLS = {"--index-url", "--tries", "--report", "--check", "--help"}  # flags of pip, pytest and ruff; and of all
+OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
+OF_DATA_FOLDERS = {"classes.txt"}  # files that a page names and the repository does not hold
+
+
+def page(name):
+    """The text of a page in docs/, its lines joined so that a sentence can be searched for."""
+    return " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+
+
+def lines_of(name):
+    return (ROOT / "docs" / f"{name}.md").read_text().splitlines()
+
+
+def blocks(text, language):
+    """The fenced blocks of a page in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The commands of a page that run one of our scripts, as (script, its words): fenced ones and inline ones."""
+    fenced = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+    for line in [*fenced, *inline]:
+        for part in re.split(r"&&|;|\|", re.sub(r"(^|\s)#.*", "", line)):
+            if match := re.search(r"(?:python|torchrun)\s(?:.*\s)?([\w/]+)\.py\b(.*)", part):
+                yield match[1], shlex.split(match[2])
+
+
+@cache
+def usage(script):
+    return run_script(f"{script}.py", "--help").stdout
+
+
+def runs(name):
+    """Histories of the runs of that name, in the order of their seeds."""
+    return [json.loads(path.read_text()) for path in sorted(ROOT.glob(f"runs/{name}-[0-9]/best_*.json"))]
+
+
+def read(name):
+    return json.loads((FIGURES / name).read_text())
+
+
+# --- the README's form -----------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short_and_starts_with_a_command():
+    assert len(README.encode()) < 10_000
+    lines = README.splitlines()
+    assert any(line.startswith("python3 -m venv") and line.endswith("train.py --model cnn") for line in lines[:40])
+    assert any(line.startswith("python3 -m venv") and line.endswith("-m pytest") for line in lines)
+    assert all(line.count("|") - 1 <= 5 for line in lines if line.startswith("|"))
+
+
+def test_the_readme_shows_some_rows_of_the_comparison():
+    brief = compare.brief(compare.collect(compare.RUNS)).splitlines()
+    table = [line for line in README.splitlines() if line.startswith("|")]
+    assert table[:2] == brief[:2]
+    assert len(table) == 8
+    assert len(set(table)) == 8
+    for row in table:
+        assert row in brief
+
+
+# --- files, flags, links ---------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """The fragments that GitHub makes from a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    text = path.read_text()
+    links = [a or b for a, b in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
+    for link in links:
+        if re.match(r"https?://|mailto:", link):
+            continue
+        name, _, fragment = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if fragment:
+            assert fragment in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_file_named_is_there(path):
+    text = path.read_text()
+    for name in re.findall(r"`([\w/.-]+\.(?:py|txt|c|md|ipynb))`", text):
+        assert name in OF_DATA_FOLDERS or any((ROOT / room / name).exists() for room in ("", "docs", "tests")), name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_names_a_script_and_its_flags(path):
+    text = path.read_text()
+    for script, words in commands(text):
+        assert (ROOT / f"{script}.py").exists(), script
+        flags = {word.split("=")[0] for word in words if word.startswith("--")} - OF_TOOLS
+        for flag in flags:
+            assert re.search(rf"{flag}\b", usage(script)), f"{script}.py {flag}"
+    known = OF_TOOLS | OF_TORCHRUN | {flag for name in SCRIPTS for flag in re.findall(r"--[a-z-]+", usage(name))}
+    ours = "\n".join(line for line in text.splitlines() if not re.match(r"git |pip |apt", line))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_readme_describes_every_script_by_its_own_flags(script):
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    (described,) = re.findall(rf"\*\*{script}\.py\*\*(.*?)(?=\*\*|^#)", prose, re.DOTALL | re.MULTILINE)
+    for flag in set(re.findall(r"--[a-z-]+", described)) - OF_TOOLS:
+        assert flag in usage(script), flag
+
+
+def test_the_lines_for_use_from_python_work(sample, monkeypatch, capsys):
+    (lines,) = blocks(README, "python")
+    monkeypatch.chdir(ROOT)
+    exec(lines, {"images": sample["test"].images[:20].numpy()})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    truth = [data.CLASSES[k] for k in sample["test"].labels[:20]]
+    assert sum(answer == true for answer, true in zip(answers, truth, strict=True)) > 15
+
+
+# --- the shipped checkpoints -----------------------------------------------------------------------------
+
+
+def shipped_run(name):
+    (path,) = (ROOT / "runs" / SHIPPED[name]).glob("best_*.json")
+    return json.loads(path.read_text())
+
+
+def shipped(name):
+    """The shipped checkpoint and its run; skips where the user has trained a checkpoint of their own."""
+    path = ROOT / "checkpoints" / name
+    run = shipped_run(name)
+    is_shipped = hashlib.sha256(path.read_bytes()).hexdigest() == run["checkpoint_sha256"]
+    if not is_shipped and "CI" not in os.environ:
+        pytest.skip(f"{path.name} has been trained anew here")
+    assert is_shipped
+    return path, run
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_checkpoints_are_those_of_the_table(name):
+    path, run = shipped(name)
+    assert path.stat().st_size < 12e6
+    assert history_of(path) == run
+    assert checkpoint.load(path)[1]["epoch"] == run["best_epoch"]
+    low, high = run["test"]["accuracy_ci95"]
+    start = f"| {name} | {run['test']['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) |"
+    assert f"{start} {run['test']['loss']:.4f} |" in page("results")
+
+
+def test_the_table_of_the_shipped_checkpoints_is_that_of_evaluate():
+    """docs/figures/evaluate.json is what evaluate.py wrote of them with --tta."""
+    stored = read("evaluate.json")
+    for result in stored["checkpoints"]:
+        name = result["checkpoint"].removeprefix("checkpoints/")
+        if name in SHIPPED:
+            assert result["checkpoint_sha256"] == shipped_run(name)["checkpoint_sha256"]
+        low, high = result["accuracy_ci95"]
+        numbers = f"{result['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) | {result['log_loss']:.4f}"
+        views = f", mean of {result['views']} views" if result["views"] > 1 else ""
+        if not views or name == "best_resnet_fmnist.pt":
+            assert f"| {name}{views} | {numbers} | {result['ece']:.4f} |" in page("results")
+    names = [(result["checkpoint"], result["views"]) for result in stored["checkpoints"]]
+    assert {(f"checkpoints/{name}", 1) for name in SHIPPED} <= set(names)
+    (pair,) = [
+        pair
+        for pair in stored["mcnemar"]
+        if (pair["a"], pair["b"]) == ("checkpoints/best_cnn_fmnist.pt", "checkpoints/best_mlp_fmnist.pt")
+    ]
+    for number in (f"{pair['only_a']} images", f"{pair['only_b']}", f"{pair['p_value']:.2g}"):
+        assert number in page("results")
+
+
+# --- docs/mistakes.md ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The numbers of the shipped report, which is of the shipped CNN."""
+    _, run = shipped("best_cnn_fmnist.pt")
+    analysis = read("analysis.json")
+    assert analysis["checkpoint_sha256"] == run["checkpoint_sha256"]
+    assert f"({analysis['mistakes']} mistakes)" in page("mistakes")
+    (cnn,) = analysis["report"]["checkpoints"]
+    assert sum(group["count"] for group in cnn["groups"].values()) == analysis["mistakes"]
+    return analysis["report"]
+
+
+def test_the_groups_of_mistakes_are_those_of_the_report(report):
+    for group in report["checkpoints"][0]["groups"].values():
+        low, high = group["ci95"]
+        assert f"| {group['count']} | {group['share']:.1%} | {low:.1%} to {high:.1%} |" in page("mistakes")
+
+
+def test_the_findings_are_those_of_the_report(report):
+    for finding in report["checkpoints"][0]["findings"]:
+        (row,) = [line for line in lines_of("mistakes") if line.startswith(f"| {finding['finding']} |")]
+        _, _, measured, trainings, verdict, _ = row.split("|")
+        assert measured.strip() in finding["summary"]
+        assert (trainings.strip(), verdict.strip()) == (finding["seeds"], finding["verdict"])
+
+
+def test_the_robustness_is_that_of_the_report(report):
+    for row in report["robustness"]:
+        cells = " | ".join(f"{value:.1%}" for value in (row["clean"], *row["mean"].values(), row["all"]))
+        assert f"| {row['name']} | {row['n']} | {cells} |" in page("mistakes")
+    noise = {row["name"]: row["mean"]["noise"] for row in report["robustness"]}
+    of_mlp, of_cnn = ([value for name, value in noise.items() if name.startswith(kind)] for kind in ("mlp", "cnn"))
+    assert min(of_mlp) > max(of_cnn)
+    assert f"every MLP ({min(of_mlp):.1%} to {max(of_mlp):.1%}) beats every CNN" in page("mistakes")
+    contrast = {row["name"]: row["mean"]["contrast"] for row in report["robustness"]}
+    assert f"a mean of {contrast['cnn, best']:.1%} under lower contrast" in page("mistakes")
+    assert f"The published recipe keeps {contrast['cnn, published']:.1%}" in page("mistakes")
+
+
+def test_the_sentences_are_those_of_the_report(report):
+    issues, double = report["label_issues"], report["near_duplicates"]
+    groups = report["checkpoints"][0]["groups"]
+    before, after = (report["checkpoints"][0][f"calibration_{when}"] for when in ("before", "after"))
+    by_class = issues["by_class"]
+    doubted = sum(by_class[name] for name in ("Shirt", "T-shirt/top", "Pullover", "Coat")) / sum(by_class.values())
+    assert by_class["Bag"] == 0
+    gain = double["accuracy"]["share"] - double["accuracy_without"]["share"]
+    limits = {at["scale"]: at["count"] for at in double["other_limits"]}
+    for sentence in (
+        f"{issues['train']['count']} training and {issues['test']['count']} test labels",
+        f"{doubted:.0%} of them are Shirt, T-shirt/top, Pullover or Coat",
+        f"right on {issues['out_of_fold_accuracy']['share']:.2%} of the 70,000 images",
+        f"{groups['consensus']['count']} mistakes are ambiguous garments",
+        f"{groups['unstable']['count']} mistakes change with the seed",
+        f"{double['test']['count']} test images",
+        f"flatter the accuracy by {100 * gain:.2f} points",
+        f"{double['accuracy_of_them']['share']:.2%} on them and {double['accuracy_without']['share']:.2%} without them",
+        f"there are {limits[0.5]} of them, with limits twice as wide {limits[2.0]:,}",
+        f"{double['of_another_label']} near-duplicates have another label",
+        f"a temperature of {report['checkpoints'][0]['temperature']:.2f}",
+        f"from {before['ece']:.4f} to {after['ece']:.4f}",
+        f"from {before['classwise_ece']:.4f} to {after['classwise_ece']:.4f}",
+    ):
+        assert sentence in page("mistakes")
+
+
+# --- docs/reliability.md, docs/distributed.md --------------------------------------------------------------
+
+
+def test_the_tries_of_faults_add_up():
+    tries = re.findall(r"^\| [^|]+ \| ([\d,]+) \| 0 \| 0 \|$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)
+    total = sum(int(number.replace(",", "")) for number in tries)
+    assert f"In {total:,} tries of {len(tries)} faults" in page("reliability")
+    for script in SCRIPTS:
+        assert f"| nonsense flag of {script}.py |" in page("reliability")
+
+
+def test_the_speedups_of_processes_and_threads_are_quotients_of_their_rates():
+    advantages = []
+    for row in [line for line in lines_of("distributed") if re.search(r"\| [\d,]+ \| [\d,]+ \(", line)]:
+        alone, processes, threads = (int(n.replace(",", "")) for n in re.findall(r"(?<=\| )[\d,]+(?= [|(])", row))
+        assert f"({processes / alone:.2f} times)" in row
+        assert f"({threads / alone:.2f} times)" in row
+        advantages.append(threads / processes)
+    assert f"{min(advantages):.1f} to {max(advantages):.1f} times as fast" in page("distributed")
+    cnn = models.build("cnn")
+    assert f"The CNN has {models.count_parameters(cnn):,} weights" in page("distributed")
+    assert f"3 x {models.count_flop(cnn) / 1e6:.1f} MFLOP" in page("distributed")
+
+
+# --- the model card --------------------------------------------------------------------------------------
+
+
+def test_the_model_card_is_of_the_shipped_checkpoints():
+    card = " ".join((ROOT / "MODEL_CARD.md").read_text().split())
+    report = read("analysis.json")["report"]
+    for model, name in (("cnn", "CNN"), ("mlp", "MLP"), ("resnet", "ResNet")):
+        path, run = shipped(f"best_{model}_fmnist.pt")
+        test, ece = run["test"], metrics.evaluate(*logits_and_labels(path), data.CLASSES)["ece"]
+        low, high = test["accuracy_ci95"]
+        start = f"| {name} | {test['accuracy']:.2%} ({100 * low:.2f} to {100 * high:.2f}) | {test['loss']:.4f} "
+        assert f"{start}| {ece:.4f}" in card
+        assert f"value: {test['accuracy']}" in card
+        assert f"| {models.count_parameters(models.build(model)):,} |" in card
+    for name, first in SHIPPED.items():
+        accuracies = [100 * run["test"]["accuracy"] for run in runs(first.removesuffix("-0"))]
+        assert f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}%" in card, name
+    (cnn,) = report["checkpoints"]
+    assert f"with temperature {cnn['temperature']:.2f}: {cnn['calibration_after']['ece']:.4f}" in card
+    recalls = [row[k] / sum(row) for k, row in enumerate(cnn["confusion_matrix"])]
+    assert f"| CNN | {' | '.join(f'{recall:.1%}' for recall in recalls)} |" in card
+    (robust,) = [row for row in report["robustness"] if row["name"] == "cnn, published"]
+    for kind in ("shift", "rotation", "noise"):
+        assert f"{robust['mean'][kind]:.1%}" in card
+
+
+def logits_and_labels(path: Path):
+    (test,) = data.load("test")
+    return engine.predict_logits(checkpoint.load(path)[0], test), test.labels

@@ -1,0 +1,1 @@
+"""One training run: begin or resume it, record it, finish it."""

@@ -1,0 +1,472 @@
+"""One training run: find what to do, set it up, begin or resume it, train, measure, and say how it ended.
+
+code = run.run(run.Request(model="cnn", recipe="best", seed=1))
+
+train.py does just this with its flags; analysis/trainings.py does it many times.
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import data
+import engine
+import metrics
+import models
+import recipes
+from runtime import cli, device, distributed, kernels
+from runtime.errors import UserError, one_line
+from training import distill, record
+from training.record import Record, RunError, history_path, unfinished_path
+
+FLAG_OF = {"muon_lr": "--lr", "teachers": "--teacher"}  # where a flag's name differs from the recorded one
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: the flags of train.py. None leaves a value to the recipe, or to the run that is resumed."""
+
+    model: str
+    recipe: str | None = None
+    teacher: tuple[Path, ...] | list[Path] | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    select: str | None = None
+    precision: str | None = None
+    deterministic: bool = False
+    checkpoint_dir: Path = cli.CHECKPOINTS
+    resume: bool = False
+    save_every: float = 30.0  # seconds
+    tensorboard: Path | None = None
+    data_dir: str | Path | None = None
+    device: str = "auto"
+
+    @property
+    def path(self) -> Path:
+        """Where the best epoch's checkpoint goes."""
+        return self.checkpoint_dir / f"best_{self.model}_fmnist.pt"
+
+
+class Plan(NamedTuple):
+    """What is to be done: the flags of the run as they are recorded, its seed, and its saved state if it is resumed."""
+
+    flags: dict[str, Any]
+    seed: int
+    saved: dict[str, Any] | None
+
+
+def run(request: Request) -> int:
+    """Begin or resume a run, to its end or to a stop. Returns the exit code.
+
+    Raises UserError for a request that cannot be met.
+    """
+    if request.model not in models.MODELS:
+        raise UserError(f"--model {request.model!r}: the models here are {', '.join(models.MODELS)}")
+    target = device.pick_device(request.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.joined(target))
+        if distributed.rank():  # the first process speaks for all
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        plan = distributed.from_first(lambda: find(request, target, stack))
+        if not plan:
+            print(f"the run of {cli.shown(request.path)} has finished; without --resume, another begins")
+            return 0
+        return Run(request, target, plan).carry_out()
+
+
+# --- what is to be done ----------------------------------------------------------------------------------
+
+
+def find(request: Request, target: torch.device, stack: contextlib.ExitStack) -> Plan | None:
+    """Reserve the place of the checkpoint until the stack ends, and plan the run.
+
+    Returns None where --resume finds the run finished.
+    Raises UserError where an unfinished run is not to be resumed, or not with these flags.
+    """
+    request.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(record.sole_writer(request.path))  # where nothing can be written, this fails now
+    saved = record.load_unfinished(request.path)
+    resume = request.resume or distributed.restarted()
+    if saved and not resume:
+        raise RunError(_unfinished(request.path, saved))
+    earlier = saved["history"] if saved else record.history_of(request.path)
+    asked = _asked_for(request, target, saved["history"]["flags"]["recipe"] if saved else None)
+    if earlier and (saved or (resume and earlier["status"] == "finished")):
+        begun = recipes.upgrade(earlier["flags"]) | {"seed": earlier["seed"]}
+        other = [key for key in asked if asked[key] != begun.get(key)]
+        if not other:
+            return Plan(earlier["flags"], earlier["seed"], saved) if saved else None
+        if saved:
+            raise RunError(_another_run(other[0], begun, asked))
+    if request.resume:
+        print(
+            f"train.py: no run is unfinished in {cli.shown(request.checkpoint_dir)}: a new one begins", file=sys.stderr
+        )
+    return _new_run(request, target, asked)
+
+
+def _asked_for(request: Request, target: torch.device, begun_recipe: str | None) -> dict[str, Any]:
+    """Collect the flags that were given, by the names under which a run records them."""
+    recipe = recipes.find(begun_recipe or request.recipe or recipes.default(request.model), request.model)
+    precision = request.precision and device.dtype_name(device.pick_precision(request.precision, target))
+    asked = {
+        "recipe": request.recipe,
+        "epochs": request.epochs,
+        "muon_lr" if recipe.optimizer == "muon" else "lr": request.lr,
+        "batch_size": request.batch_size,
+        "select": request.select,
+        "precision": precision,
+        "deterministic": request.deterministic or None,
+        "seed": request.seed,
+        "teachers": distill.describe(request.teacher) if request.teacher else None,
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _new_run(request: Request, target: torch.device, asked: dict[str, Any]) -> Plan:
+    """Plan a run from its beginning: a recipe's values, changed by the flags."""
+    name = request.recipe or recipes.default(request.model)
+    recipe = recipes.find(name, request.model)
+    if request.model not in recipes.RECIPES[name]:
+        print(
+            f"train.py: recipes.py has no row of recipe {name} for {request.model}; it is trained by the row for "
+            f"{recipes.FALLBACK}",
+            file=sys.stderr,
+        )
+    precision = device.dtype_name(device.pick_precision(recipe.precision, target))
+    seed = asked.pop("seed", 0)
+    flags = {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False, "teachers": []} | asked
+    if bool(flags["teachers"]) != bool(recipe.distillation):
+        raise distill.TeacherError("--recipe distilled and --teacher CHECKPOINT go together")
+    if flags["select"] == "val" and any(teacher["select"] != "val" for teacher in flags["teachers"]):
+        raise distill.TeacherError("--select val: a teacher was trained on the validation images and would reveal them")
+    return Plan(flags, seed, None)
+
+
+def _unfinished(path: Path, saved: dict[str, Any]) -> str:
+    history = saved["history"]
+    return (
+        f"{cli.shown(unfinished_path(path))} holds an unfinished run (recipe {history['flags']['recipe']}, seed "
+        f"{history['seed']}, in epoch {saved['training']['epoch']} of {history['flags']['epochs']}): --resume "
+        "continues it; to give it up, delete that file"
+    )
+
+
+def _another_run(key: str, begun: dict[str, Any], asked: dict[str, Any]) -> str:
+    flag = FLAG_OF.get(key, "--" + key.replace("_", "-"))
+    before, now = (
+        [each["checkpoint"] for each in flags[key]] if key == "teachers" else flags[key] for flags in (begun, asked)
+    )
+    return f"--resume: {flag} was {before} when this run began, and {now} would make it another run: leave the flag out"
+
+
+# --- the run ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A planned run, set up: carry_out() trains, measures and summarises it."""
+
+    def __init__(self, request: Request, target: torch.device, plan: Plan):
+        self.request, self.device, self.plan = request, target, plan
+        self.recipe = recipes.Recipe(**{key: plan.flags[key] for key in recipes.Recipe._fields})
+        self.is_first = distributed.rank() == 0
+        device.keep_freed_memory()
+        if plan.flags["deterministic"]:
+            device.make_deterministic()
+        self._load_data()
+        self._build()
+
+    def _load_data(self) -> None:
+        names = ("train", "val", "test") if self.recipe.select == "val" else ("train+val", "test")
+        splits = [split.to(self.device) for split in data.load(*names, data_dir=self.request.data_dir)]
+        self.train, self.test = splits[0], splits[-1]
+        # In the published protocol, the test set itself selects.
+        self.select = None if self.recipe.select == "last" else splits[1]
+        self.fingerprint = functools.cache(lambda: data.fingerprint(*splits))
+
+    def _build(self) -> None:
+        """Build the model, the training and the record, and print what they are."""
+        flags, seed = self.plan.flags, self.plan.seed
+        torch.manual_seed(*data.derive_seeds(seed))
+        self.model = models.build(self.request.model).to(self.device)
+        fused = self.device.type == "cpu" and _give_kernels(self.model, self.recipe.fused)
+        precision = device.pick_precision(flags["precision"], self.device)
+        teacher = distill.answers(flags["teachers"], self.train, precision) if flags["teachers"] else None
+        self.training = engine.Training(
+            self.model, self.train, self.select, self.recipe, seed=seed, precision=precision, teacher=teacher
+        )
+        self.record = Record(
+            self.request.path,
+            model=self.request.model,
+            seed=seed,
+            flags=flags,
+            data=self.train.source,
+            classes=list(self.train.classes),
+            train_images=len(self.train.labels),
+            select_images=len(self.select.labels) if self.select else 0,
+            **record.environment(self.device, processes=distributed.world(), fused=fused),
+        )
+        print(self._description(), flush=True)
+
+    def _description(self) -> str:
+        flags, selection, processes = self.plan.flags, recipes.SELECTIONS[self.recipe.select], distributed.world()
+        rule = selection.rule.format(epochs=self.recipe.epochs, n=len((self.select or self.test).labels))
+        augmentation = ", ".join(f"{name} {value}" for name, value in self.recipe.augment.items()) or "none"
+        return (
+            f"{self.request.model}, recipe {flags['recipe']}: {models.count_parameters(self.model):,} parameters on "
+            f"{self.device} in {flags['precision']}{f', {processes} processes' if processes > 1 else ''}, seed "
+            f"{self.plan.seed}; {len(self.train.labels):,} training images; {rule}\n"
+            f"loss: {engine.loss_name(self.recipe)}; augmentation: {augmentation}"
+        )
+
+    def carry_out(self) -> int:
+        """Train from the start or from the saved state, to the end or to a stop. Returns the exit code."""
+        self._resume_or_begin()
+        board = Board(self.request.tensorboard, self.record.history) if self.is_first else None
+        progress = Progress(self.training, self.save, self.request.save_every)
+        status, repeated = "interrupted", False
+        with cli.StopSignals() as signals:
+            try:
+                self._train(progress, board, signals)
+                if self.training.finished:
+                    self._measure()
+                    status = "finished"
+                else:
+                    self.save()
+            except engine.TrainingError:
+                status = "failed"
+                raise
+            finally:
+                progress.close()
+                if self.is_first:
+                    repeated = self.record.end(status)
+                if board:
+                    board.close()
+        self._print_best()
+        if status == "interrupted":
+            print(self._interruption(), file=sys.stderr)
+            return signals.code or 128 + signal.SIGTERM  # where the signal reached another process
+        self._print_result(repeated)
+        return 0
+
+    def _resume_or_begin(self) -> None:
+        if self.plan.saved:
+            resume(self.plan.saved, self.training, self.record, self.fingerprint())
+        elif self.is_first:
+            self.record.begin()
+            if kept := self.record.kept:
+                name = f"{self.request.path.stem}{kept.suffix}"
+                print(f"the earlier {name} is kept as {cli.shown(kept)}")
+
+    def _train(self, progress: "Progress", board: "Board | None", signals: cli.StopSignals) -> None:
+        """Train epoch by epoch, with a line for each."""
+        progress.write(header(self.recipe))
+        for row in self.training.run(progress, stop=lambda: signals.code is not None):
+            is_best = self.is_first and self.record.add_epoch(self.model, row)
+            best = " best" if is_best and self.select else ""
+            progress.write(table_line(row, self.record.seconds, self.recipe.epochs) + best)
+            if board:
+                board.write(row)
+
+    def _measure(self) -> None:
+        """Measure the best epoch's weights on the test set, and fit the temperature."""
+        self.model.load_state_dict(distributed.from_first(lambda: self.record.best_weights))
+        logits, labels = engine.predict_logits(self.model, self.test), self.test.labels.cpu()
+        figures = metrics.measure(logits, labels)
+        interval = metrics.wilson_interval(round(figures["accuracy"] * len(logits)), len(logits))
+        self.record.history["test"] = {
+            "n": len(logits),
+            "accuracy": figures.pop("accuracy"),
+            "accuracy_ci95": interval,
+            "loss": figures.pop("log_loss"),
+            **figures,
+        }
+        if self.recipe.select == "val" and self.select:  # otherwise no image is left to fit it on
+            held_out = engine.predict_logits(self.model, self.select)
+            self.record.history["temperature"] = metrics.temperature(held_out, self.select.labels.cpu())
+
+    def save(self) -> None:
+        """Save the run so that it can be resumed from here."""
+        if self.is_first:
+            self.record.save(self.training, self.fingerprint())
+
+    def _print_best(self) -> None:
+        path, best = self.request.path, self.record.best_epoch
+        files = f"{cli.shown(path)}, the history in {cli.shown(history_path(path))}"
+        if best and self.select:
+            accuracy = f"{self.recipe.select} accuracy {best['select_accuracy']:.2%}"
+            print(f"best epoch {best['epoch']} ({accuracy}) is in {files}")
+        elif best:
+            print(f"epoch {best['epoch']} is in {files}")
+
+    def _interruption(self) -> str:
+        test = f"; to test what there is: python evaluate.py {cli.shown(self.request.path)}"
+        return (
+            f"interrupted {place(self.training)}, and saved; to continue: {resume_command(self.request)}"
+            f"{test if self.record.best_epoch else ''}"
+        )
+
+    def _print_result(self, repeated: bool) -> None:
+        if repeated:
+            print("it is the same to the bit as the earlier one, which stays as it was")
+        test = self.record.history["test"] or {}
+        if test:
+            low, high = test["accuracy_ci95"]
+            print(
+                f"test accuracy {test['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}; "
+                f"{recipes.SELECTIONS[self.recipe.select].measured}"
+            )
+
+
+def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
+    """Give the model the faster operations of runtime/kernels.py. Returns whether they are the fused ones."""
+    try:
+        kernels.give(model, fused)
+    except kernels.KernelError as error:
+        print(f"train.py: {error}; training continues with PyTorch's own operations, more slowly", file=sys.stderr)
+        kernels.give(model, fused=False)
+        return False
+    return fused
+
+
+class Progress:
+    """A bar in a terminal, and a save whenever the next look might come too late for --save-every."""
+
+    def __init__(self, training: engine.Training, save: Any, save_every: float):
+        self.training, self.save, self.save_every = training, save, save_every
+        n = len(training.train.labels)
+        self.bar = tqdm(
+            total=training.recipe.epochs * n,
+            initial=(training.epoch - 1) * n + training.seen,
+            disable=None,  # where stderr is no terminal
+            dynamic_ncols=True,
+            bar_format="{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA {remaining}",
+            unit=" images",
+            unit_scale=True,
+        )
+        self.last_look = self.last_save = time.monotonic()
+        self.longest = 0.0  # seconds between two looks
+
+    def __call__(self, images: int, loss: float, accuracy: float) -> None:
+        """Show the epoch's figures so far after this many more images, and save if it is time."""
+        training = self.training
+        description = f"epoch {training.epoch}/{training.recipe.epochs}  loss {loss:.4f}  acc {accuracy:.2%}"
+        self.bar.set_description_str(description, refresh=False)
+        self.bar.update(images)
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.last_look)
+        is_due = now - self.last_save + self.longest > self.save_every
+        if is_due or (training.epoch == 1 and training.step == training.steps):  # before anything else is written
+            self.save()
+            self.last_save = time.monotonic()
+        self.last_look = now
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+
+class Board:
+    """TensorBoard scalars in a new folder below --tensorboard, from the first epoch on; without a folder, nothing."""
+
+    def __init__(self, folder: Path | None, history: dict[str, Any]):
+        self.writer: Any = None
+        self.select = history["flags"]["select"]
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            name = f"{history['model']}-seed{history['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+            self.writer = SummaryWriter(folder / name)
+            for row in history["epochs"]:
+                self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write the figures of an epoch."""
+        if not self.writer:
+            return
+        for key in row.keys() - {"epoch"}:
+            self.writer.add_scalar(key.replace("select", self.select), row[key], row["epoch"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.writer:
+            self.writer.close()
+
+
+def resume(saved: dict[str, Any], training: engine.Training, kept: Record, fingerprint: str) -> None:
+    """Bring training and record (kept) to where the saved run was. Print that, and what may now change the last bits.
+
+    Raises RunError where the data are others, or where the state does not fit.
+    """
+    unfinished = cli.shown(unfinished_path(kept.path))
+    if saved["fingerprint"] != fingerprint:
+        raise RunError(
+            f"the images are not those {unfinished} began with: use its --data-dir again, or delete it to start anew"
+        )
+    try:
+        training.load_state_dict(saved["training"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{unfinished} does not fit the {kept.history['model']}: {one_line(error)}") from None
+    if distributed.rank() == 0:
+        for key, (before, now) in kept.resume(saved).items():
+            print(
+                f"train.py: {key} changed from {before} to {now} since the run began: its last bits may not be those "
+                "of an uninterrupted run",
+                file=sys.stderr,
+            )
+    print(f"resumed {place(training)}", flush=True)
+
+
+def place(training: engine.Training) -> str:
+    """Say where in its run a training is."""
+    if training.step:
+        return f"in epoch {training.epoch}, after step {training.step} of {training.steps}"
+    return f"after epoch {training.epoch - 1}"
+
+
+def resume_command(request: Request) -> str:
+    """Return the command that resumes this run, as a user would type it here."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun, on this machine
+    words = ["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]
+    words += ["train.py", "--model", request.model, "--resume"]
+    if request.checkpoint_dir != cli.CHECKPOINTS:
+        words += ["--checkpoint-dir", cli.shown(request.checkpoint_dir)]
+    if request.data_dir:
+        words += ["--data-dir", str(request.data_dir)]
+    return shlex.join(words)
+
+
+def header(recipe: recipes.Recipe) -> str:
+    """Return the head of the table of epochs."""
+    selection = "" if recipe.select == "last" else f" {recipe.select:>4} loss {recipe.select:>4} acc"
+    return f"epoch train loss train acc{selection}   sec images/s     ETA"
+
+
+def table_line(row: dict[str, Any], elapsed: float, epochs: int) -> str:
+    """Return an epoch's line of the table."""
+    eta = timedelta(seconds=round(elapsed / row["epoch"] * (epochs - row["epoch"])))
+    selection = f" {row['select_loss']:>9.4f} {row['select_accuracy']:>8.2%}" if "select_loss" in row else ""
+    return (
+        f"{row['epoch']:>5} {row['train_loss']:>10.4f} {row['train_accuracy']:>9.2%}{selection} "
+        f"{row['seconds']:>5.1f} {row['images_per_second']:>8,.0f} {eta!s:>7}"
+    )
