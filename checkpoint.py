@@ -228,7 +228,7 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
         return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
     if isinstance(value, str):
         return value.isprintable()
-    return value is None or (isinstance(value, bool | int | float) and abs(value) < 2**63) or value != value
+    return value is None or (isinstance(value, bool | int | float) and (abs(value) < 2**63 or value != value))
 
 
 def _adopt(path: Path, content: Any) -> tuple[str, dict[str, torch.Tensor]]:

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     from analysis import plots
 
-    rows = collect(*args.folders)
     args.figures_dir.mkdir(parents=True, exist_ok=True)
+    rows = collect(*args.folders)
     picture = args.figures_dir / "frontier.png"
     files.write_atomically(picture, plots.png(plots.frontier(rows, literature())))
     print(markdown(rows))

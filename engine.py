@@ -82,10 +82,11 @@ def find_loss(recipe: Recipe) -> Loss:
 
 
 def loss_name(recipe: Recipe) -> str:
-    """Name the loss of a recipe for curves and reports."""
+    """Name the loss of a recipe for curves and reports. One that engine.py no longer has keeps its recorded name."""
+    title = LOSSES[recipe.loss].title if recipe.loss in LOSSES else recipe.loss
     smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
     taught = f", {recipe.distillation:.0%} of it distillation" if recipe.distillation else ""
-    return find_loss(recipe).title + smoothing + taught
+    return title + smoothing + taught
 
 
 def loss_of(

@@ -22,7 +22,6 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
 import engine
@@ -45,11 +44,8 @@ STYLE: dict[Any, Any] = {
 COLUMNS = 5  # pictures a row
 COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
 REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
-SIDES: list[tuple[float, float]] = [
-    (1, 0),
-    (-1, 0),
-]  # where a name may stand: right, left, then below and above from right to left
-SIDES += [(x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1)]
+# Sides of a point where its name may stand: right, left, then below and above from right to left.
+SIDES = [(1.0, 0.0), (-1.0, 0.0), *((x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1))]
 
 
 def png(figure: Figure) -> bytes:
@@ -89,8 +85,7 @@ def confusion_matrix(matrix: ArrayLike, title: str, classes: Sequence[str]) -> F
 def _matrix_cell(axes: Axes, row: int, column: int, counts: np.ndarray, dark: bool) -> None:
     """Write one count of a row of the matrix and its percentage of the row."""
     scale = min(1.0, 10 / len(counts))
-    colour = "white" if dark else "black"
-    weight = "normal"
+    colour, weight = "white" if dark else "black", "normal"
     if row == column:
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color="#e8eef2"))
         colour, weight = DARK, "bold"
@@ -158,7 +153,7 @@ def mistakes(images: Sequence[ArrayLike], records: Rows, title: str) -> Figure:
 def seen(rows: Sequence[tuple[str, ArrayLike, Sequence[tuple[str, float]]]]) -> Figure:
     """Draw pictures as the network sees them, each with the most probable class and the name of its file.
 
-    rows: (name of the file, uint8 (28, 28), [(class, probability), ...] most probable first).
+    rows: (name of the file, uint8 (28, 28), [(class, probability), ...] most probable first), of classify.classify.
     """
     figure, cells = _picture_grid(len(rows), min(len(rows), COLUMNS))
     for axes, (name, pixels, classes) in zip(cells, rows, strict=False):
@@ -333,55 +328,50 @@ def _row_names(rows: Rows) -> list[str]:
 def _name_points(axes: Axes, key: str, rows: Rows, literature: Rows) -> None:
     """Write the names of a panel's points, each at the free place nearest to its point.
 
-    Places are boxes in pixels. Points, error bars, the frontier's line and names already written are not free.
+    Places are boxes in pixels, float (2, 2): the lower left corner, the upper right one. Points, error bars, the
+    frontier's line and names already written are not free.
     """
     points = [(row[key], row["accuracy"]) for row in rows]
     points += [(system["parameters"], system["accuracy"]) for system in literature]
     names = _row_names(rows) + [system["name"] for system in literature]
     taken = [_around(place, 6) for place in axes.transData.transform(points)]
     bars = [[(row[key], end) for end in row["ci95"]] for row in rows if "ci95" in row]
-    taken += [Bbox(axes.transData.transform(bar)).padded(3) for bar in bars]
+    taken += [axes.transData.transform(bar) + np.array([[-3, 0], [3, 0]]) for bar in bars]
     line = axes.transData.transform([(row[key], row["accuracy"]) for row in _pareto(rows, key)])
     for start, end in pairwise(line):
         taken += [_around(start + step * (end - start), 2) for step in np.linspace(0, 1, 40)]
     for point, name in sorted(zip(points, names, strict=True), key=lambda named: -named[0][1]):
-        taken.append(_write_name(axes, point, name, taken))
+        taken.append(_write_name(axes, point, name, np.array(taken)))
 
 
-def _write_name(axes: Axes, point: tuple[float, float], name: str, taken: Sequence[Bbox]) -> Bbox:
+def _around(place: np.ndarray, reach: float) -> np.ndarray:
+    return np.array([place - reach, place + reach])
+
+
+def _write_name(axes: Axes, point: tuple[float, float], name: str, taken: np.ndarray) -> np.ndarray:
     """Write a name beside its point and return the box it fills; a thin line leads to a name far away."""
     text = axes.annotate(name, point, (0, 0), textcoords="offset points", size=8, va="bottom")
     text.set_in_layout(False)
-    size, anchor = np.array(text.get_window_extent().size), axes.transData.transform(point)
-    boxes = [_beside(anchor, size, reach, side) for reach in REACHES for side in SIDES]
-    box = min(boxes, key=lambda box: _covered(box, taken, axes.bbox))  # of equals the nearest
+    half, anchor = np.array(text.get_window_extent().size) / 2, axes.transData.transform(point)
+    places = [anchor + np.array(side) * (half + reach) for reach in REACHES for side in SIDES]
+    boxes = [np.array([place - half, place + half]) for place in places]
+    low, high = min(boxes, key=lambda box: _covered(box, taken, axes.bbox.get_points()))  # of equals the nearest
     to_points = 72 / axes.figure.dpi
-    text.set_position(tuple((box.min - anchor) * to_points))
-    nearest = np.clip(anchor, box.min, box.max)
+    text.set_position(tuple((low - anchor) * to_points))
+    nearest = np.clip(anchor, low, high)
     if np.hypot(*(nearest - anchor)) > REACHES[1]:
         style = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         end = tuple((nearest - anchor) * to_points)
         axes.annotate("", point, end, textcoords="offset points", arrowprops=style).set_in_layout(False)
-    return box
+    return np.array([low, high])
 
 
-def _beside(anchor: np.ndarray, size: np.ndarray, reach: float, side: Sequence[float]) -> Bbox:
-    """Return a box of that size on a side of the anchor, so many pixels away."""
-    centre = anchor + np.array(side) * (size / 2 + reach)
-    return Bbox([centre - size / 2, centre + size / 2])
-
-
-def _around(place: np.ndarray, reach: float) -> Bbox:
-    return Bbox([place - reach, place + reach])
-
-
-def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    """Return the pixels of a box that are taken or not inside."""
-    shared = [Bbox.intersection(box, other) for other in taken]
-    within = Bbox.intersection(box, inside)
-    free = within.width * within.height if within else 0
-    covered = sum(other.width * other.height + 1 for other in shared if other)
-    return covered + box.width * box.height - free
+def _covered(box: np.ndarray, taken: np.ndarray, panel: np.ndarray) -> float:
+    """Return the pixels of a box that taken boxes cover, and those outside the panel."""
+    sides = np.minimum(box[1], taken[:, 1]) - np.maximum(box[0], taken[:, 0])
+    covered = np.clip(sides, 0, None).prod(1).sum()
+    inside = np.clip(np.minimum(box[1], panel[1]) - np.maximum(box[0], panel[0]), 0, None)
+    return float(covered + (box[1] - box[0]).prod() - inside.prod())
 
 
 @matplotlib.rc_context(STYLE)

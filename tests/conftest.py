@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: two tests run at a time, and start many processes
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for one another must not keep the cores busy
 
 import data
 from runtime import cli, sources

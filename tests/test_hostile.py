@@ -1,4 +1,4 @@
-"""Files and flags made to do harm: each ends in a one-line error, soon, in little memory, and nothing in it is run."""
+"""Files and flags made to do harm: each ends in a one-line error, soon, in little memory, and nothing in them runs."""
 
 import contextlib
 import gzip
@@ -23,16 +23,18 @@ from hypothesis import strategies as st
 import analyze_errors
 import bench
 import checkpoint
-import cli
+import compare
 import data
 import demo
 import evaluate
 import export
-import frontier
 import models
 import predict
-import record
+import recipes
 import train
+from runtime import cli, sources
+from runtime.errors import UserError
+from training import record
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 LIMIT_SECONDS, LIMIT_MIB = 5, 1024
@@ -65,7 +67,7 @@ def mutate(content, chance):
 
 
 def try_one(use, results, name):
-    """Call use(), which is to raise UserError in one line, or to succeed; anything else is noted."""
+    """Call use(), which must raise UserError in one line, or succeed; anything else is recorded."""
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
     said = io.StringIO()
     try:
@@ -74,7 +76,7 @@ def try_one(use, results, name):
         results["accepted"] += 1
         if not said.getvalue().replace("\n", "").isprintable():
             results["lost"].append(f"{name}: controls the terminal: {said.getvalue()!r}"[:500])
-    except (data.UserError, OSError) as error:
+    except (UserError, OSError) as error:
         if "\n" in str(error) or not str(error).isprintable():
             results["lost"].append(f"{name}: not one line: {error!r}"[:500])
     except BaseException as error:
@@ -84,7 +86,7 @@ def try_one(use, results, name):
 
 
 class TooLong(BaseException):
-    """Not an Exception, which the code under test might take for its own."""
+    """Not an Exception, which the code under test might catch."""
 
 
 def too_long(*_):
@@ -110,7 +112,7 @@ def check(results, fault, tally):
 
 
 def data_cases(folder, count, chance, wrong):
-    """Test sets of which a file is malformed, raw or as .gz, half of them with sums that vouch for it."""
+    """Test sets with a malformed file, raw or as .gz, half of them with sums that vouch for it."""
     shutil.copytree(SAMPLE, folder, dirs_exist_ok=True)
     sums = (SAMPLE / "SHA256SUMS").read_text()
     original = {name: gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()) for name in (IMAGES, LABELS)}
@@ -165,12 +167,40 @@ def test_malformed_data_files(tmp_path, tally, tries):
     assert 0 < results["accepted"] < 0.2 * results["tries"]
 
 
+def classes_cases(folder, count, chance, wrong):
+    """Files of class names near good ones; what is accepted must be ten different names that can be printed."""
+    shutil.copytree(SAMPLE, folder)
+    path = folder / sources.NAMES
+    good = "".join(f"class {number}\n" for number in range(10)).encode()
+    parts = ("é☃\u202e\x85", "\x1b[2J", "\0", "  ", "\r", "x" * 41, "\ufeff", "class 3")
+
+    def case(content):
+        def use():
+            path.write_bytes(content)
+            (test,) = data.load("test", data_dir=folder)
+            fine = [name for name in test.classes if name.isprintable() and 0 < len(name) <= 40]
+            if len(set(fine)) != 10:
+                wrong.append(content)
+
+        return use
+
+    for number in range(count):
+        content = good.replace(b"5", chance.choice(parts).encode()) if number % 2 else good
+        yield f"classes {number}", case(content if number % 4 == 3 else mutate(content, chance))
+
+
+def test_malformed_class_names(tmp_path, tally, tries):
+    results = in_a_fork(fuzz, classes_cases, tmp_path / "data", 200 * tries)
+    check(results, "malformed class names", tally)
+    assert 0 < results["accepted"] < 0.8 * results["tries"]
+
+
 def bombs(folder, count, chance, wrong):
     """Small files that become large: gigabytes of zeros, and a million empty members."""
     shutil.copytree(SAMPLE, folder)
-    header = struct.pack(">4I", data.IMAGES_MAGIC, 500, 28, 28)
+    header = struct.pack(">4I", sources.IMAGES_MAGIC, 500, 28, 28)
     zeros = gzip.compress(header + bytes(2**24)) + gzip.compress(bytes(2**24)) * 128
-    lies = gzip.compress(struct.pack(">4I", data.IMAGES_MAGIC, 10**6, 28, 28)) + gzip.compress(bytes(2**24)) * 128
+    lies = gzip.compress(struct.pack(">4I", sources.IMAGES_MAGIC, 10**6, 28, 28)) + gzip.compress(bytes(2**24)) * 128
     members = gzip.compress(header) + gzip.compress(b"") * 10**6
     for name, content in {"zeros": zeros, "lies": lies, "members": members}.items():
 
@@ -218,6 +248,16 @@ def nasty_values(marker):
     ]
 
 
+def altered(content, value, chance):
+    """Bytes of a checkpoint with the value somewhere in its content, which is changed by it."""
+    place, key = content, chance.choice(list(content))
+    while isinstance(place[key], dict | list) and place[key] and chance.random() < 0.9:
+        place = place[key]
+        key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
+    place[key] = value
+    return checkpoint.to_bytes(content)
+
+
 def archive(pickled, whole):
     """The checkpoint's archive with another pickle in it, its sums being right."""
     buffer = io.BytesIO()
@@ -232,7 +272,9 @@ def checkpoint_cases(folder, count, chance, wrong):
     folder.mkdir()
     path, marker = folder / "hostile.pt", folder / "ran"
     torch.manual_seed(0)
-    details = {"epoch": 3, "metrics": {"select_accuracy": 0.5}, "flags": {"lr": 1e-3}, "seed": 7, "data": "sample"}
+    taught = {"teachers": [{"checkpoint": "t.pt", "sha256": "0", "model": "cnn", "select": "last"}]}
+    flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "deterministic": False, **taught}
+    details = {"epoch": 3, "metrics": {"select_accuracy": 0.5}, "flags": flags, "seed": 7, "data": "sample"}
     whole = checkpoint.serialise(models.build("mlp"), name="mlp", **details)
     content = checkpoint.from_bytes(whole)
     old_format = io.BytesIO()
@@ -265,6 +307,7 @@ def checkpoint_cases(folder, count, chance, wrong):
             yield lambda: archive(mutate(pickled, chance), whole)
             yield lambda: mutate(old_format.getvalue(), chance)
             yield lambda: with_value(chance.choice(fields), chance.choice(nasty))
+            yield lambda: altered(checkpoint.from_bytes(whole), chance.choice(nasty), chance)
             yield lambda: archive(bytes(chance.choices(pickled, k=chance.randrange(1, 200))) + b".", whole)
 
     def to_file(value):
@@ -331,13 +374,7 @@ def state_cases(folder, count, chance, wrong):
     nasty = nasty_values(marker)
 
     def with_value():
-        content = place = checkpoint.from_bytes(whole)
-        key = chance.choice(list(place))
-        while isinstance(place[key], dict | list) and place[key] and chance.random() < 0.9:
-            place = place[key]
-            key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        place[key] = chance.choice(nasty)
-        return checkpoint.to_bytes(content)
+        return altered(checkpoint.from_bytes(whole), chance.choice(nasty), chance)
 
     def with_history():
         content = checkpoint.from_bytes(whole)
@@ -435,8 +472,8 @@ NONSENSE = {
         whole("--seed", 0, 2**32 - 1),
         positive("--lr"),
         positive("--save-every"),
-        one_of("--select", "val", "test", "last"),
-        one_of("--recipe", "published", "fast", "best"),
+        one_of("--select", *recipes.SELECTIONS),
+        one_of("--recipe", *recipes.RECIPES),
         one_of("--precision", "auto", "float32", "bfloat16"),
         below_a_file("--checkpoint-dir"),
         DEVICE,
@@ -452,7 +489,11 @@ NONSENSE = {
     ),
     analyze_errors: st.one_of(below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", "a", "b", text]), DEVICE),
     bench: st.one_of(one_of("--quick"), TEXT.map(lambda text: ["--", text])),
-    frontier: st.one_of(below_a_file("--runs-dir"), below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", text])),
+    compare: st.one_of(
+        below_a_file("--figures-dir"),
+        TEXT.filter(lambda text: not text.endswith(".json")).map(lambda text: [f"--json={text}"]),
+        TEXT.map(lambda text: ["--", f"no such folder {text}"]),
+    ),
     predict: st.one_of(
         whole("--top", 1, 10),
         TEXT.map(lambda text: [f"--show={text}"]).filter(lambda flags: not flags[0].endswith(".png")),
@@ -470,8 +511,8 @@ NONSENSE = {
 
 @pytest.mark.parametrize("script", NONSENSE, ids=lambda script: script.__name__)
 def test_every_nonsense_flag_is_a_one_line_error(script, tally, tries, monkeypatch, capsys):
-    """Up to the moment when data would be loaded: nothing may come so far."""
-    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("the nonsense was taken"))
+    """It must be noticed before the data are loaded."""
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("the nonsense was accepted"))
     seen = []
 
     @settings(

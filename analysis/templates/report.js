@@ -6,7 +6,8 @@ const COLOURS = [
   "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#c9b400", "#7a5cff", "#8a8a8a", "#a0522d",
 ];
 let C = D.checkpoints[0]; // the chosen checkpoint
-let shown = [], limit = PAGE, open = 0; // images that pass the filters, how many the grid may show, place of the open one
+let shown = [], limit = PAGE; // the images that pass the filters, and how many of them the grid may show
+let open = 0; // the place in shown of the image that is open
 
 const label = i => +D.labels[i];
 const answer = (i, c = C) => +c.predicted[i];
@@ -37,7 +38,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function row(tag, cells) {
-  return make("tr", {}, ...cells.map(cell => cell instanceof Node && /^T[DH]$/.test(cell.nodeName) ? cell : make(tag, {}, cell)));
+  return make("tr", {}, ...cells.map(cell => cell instanceof HTMLTableCellElement ? cell : make(tag, {}, cell)));
 }
 
 function select(parent, name, id, choices, change) {
@@ -156,7 +157,11 @@ $("matrix").addEventListener("keydown", event => {
 
 const any = ["", "any"], yesNo = [any, ["yes", "yes"], ["no", "no"]];
 const classes = [any, ...D.classes.map((name, k) => [k, name])];
-const within = (value, range) => { const [low, high] = range.split(",").map(Number); return value >= low && value < high; };
+const within = (value, range) => {
+  const [low, high] = range.split(",").map(Number);
+  return value >= low && value < high;
+};
+
 // Each filter: its name, its choices, the test of image i for a value; "there" is null or false where data is missing.
 const FILTERS = {
   what: {
@@ -168,7 +173,9 @@ const FILTERS = {
   group: { name: "kind of mistake", choices: [any, ...Object.entries(D.groups)], test: (i, v) => groupOf(i) === v },
   confidence: {
     name: "confidence",
-    choices: [any, ["0.99,1.1", "0.99 to 1"], ["0.9,0.99", "0.9 to 0.99"], ["0.5,0.9", "0.5 to 0.9"], ["0,0.5", "under 0.5"]],
+    choices: [
+      any, ["0.99,1.1", "0.99 to 1"], ["0.9,0.99", "0.9 to 0.99"], ["0.5,0.9", "0.5 to 0.9"], ["0,0.5", "under 0.5"],
+    ],
     test: (i, v) => within(confidence(i), v),
   },
   ambiguity: {
@@ -238,8 +245,9 @@ function gridItem(at) {
   const lines = [make("div", { class: "true" }, D.classes[label(i)])];
   if (wrong(i)) lines.push(make("div", { class: "said" }, D.classes[answer(i)]));
   lines.push(make("div", {}, sure(confidence(i))));
-  const text = `image ${i}: label ${D.classes[label(i)]}, answer ${D.classes[answer(i)]}, confidence ${sure(confidence(i))}`;
-  return make("li", {}, make("button", { "data-index": i, "aria-label": text, onclick: () => show(at) }, canvas, ...lines));
+  const text = `image ${i}: label ${D.classes[label(i)]}, answer ${D.classes[answer(i)]}, ${sure(confidence(i))}`;
+  const attributes = { "data-index": i, "aria-label": text, onclick: () => show(at) };
+  return make("li", {}, make("button", attributes, canvas, ...lines));
 }
 
 $("more").onclick = () => { limit += PAGE; drawGrid(); };
@@ -352,11 +360,11 @@ function drawReliability(target, name, diagrams) {
   diagram.counts.forEach((count, bin) => {
     if (!count) return;
     const left = c.x(bin * width) + 1, right = c.x((bin + 1) * width) - 1, top = c.y(diagram.accuracy[bin]);
-    const text = `${count} images, probability ${percent(diagram.confidence[bin])}, share ${percent(diagram.accuracy[bin])}`;
+    const score = percent(diagram.confidence[bin]), share = percent(diagram.accuracy[bin]);
     c.svg.append(make("rect", {
       x: left, y: top, width: right - left, height: c.y(0) - top,
       fill: "var(--accent)", "fill-opacity": 0.25 + 0.75 * count / most,
-    }, make("title", {}, text)));
+    }, make("title", {}, `${count} images, probability ${score}, share ${share}`)));
   });
   line(c, [[0, 0], [1, 1]], { stroke: "var(--soft)", "stroke-width": 1, "stroke-dasharray": "4 3" });
   $(target).replaceChildren(make("h3", {}, title), c.svg);

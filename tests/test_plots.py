@@ -1,0 +1,149 @@
+"""The figures: what they show of real runs, and of data and losses of one's own."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import compare
+import data
+import engine
+from analysis import plots
+
+FIGURES = ROOT / "docs" / "figures"
+CHECKPOINTS = ROOT / "checkpoints"
+OWN = (
+    "a garment with extraordinarily long sleeves and buttons",
+    "costs $5 or $6",
+    *(f"class {k}" for k in range(2, 10)),
+)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def drawn(figure):
+    """Draw a figure as a user sees it, where no warning is allowed; return all its visible texts."""
+    assert isinstance(figure, Figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plots.png(figure).startswith(b"\x89PNG")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    assert pixels[..., :3].std() > 10  # of 255: not blank
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    """The shipped CNN's analysis.json, of all test images."""
+    return read(FIGURES / "analysis.json")
+
+
+def test_the_matrix_shows_every_count_and_its_percentage(analysis):
+    matrix = np.array(analysis["confusion_matrix"])
+    texts = drawn(plots.confusion_matrix(matrix, "the title", data.CLASSES))
+    for row in matrix:
+        for count in row[row > 0]:
+            assert f"{count:,}" in texts
+            assert f"{100 * count / row.sum():.1f}%" in texts
+    assert {"the title", *data.CLASSES} <= set(texts)
+
+
+def test_long_names_of_own_classes_stay_inside_the_figures(analysis, sample):
+    pair = {"a": OWN[0], "b": OWN[1], "a_as_b": 3, "b_as_a": 4, "total": 7}
+    records = [{"index": 0, "true": OWN[0], "predicted": OWN[1], "confidence": 0.9}] * 7
+    images = [sample["test"].images[0]] * 7
+    for figure in (
+        plots.confusion_matrix(analysis["confusion_matrix"], "own", OWN),
+        plots.confused_pairs([pair] * 3, 21),
+        plots.mistakes(images, records, "own"),
+        plots.seen([("photo.jpg", images[0], [(OWN[0], 0.99999)])] * 7),
+    ):
+        texts = " ".join(drawn(figure))
+        assert "a garment" in texts.replace("\n", " ")
+        assert "costs $5" in texts or "photo.jpg" in texts
+        assert figure.axes[0].get_window_extent().width > 0.15 * figure.bbox.width
+        for text in figure.findobj(Text):
+            box = text.get_window_extent()
+            if text.get_visible() and text.get_text():
+                assert box.x0 >= -1
+                assert box.x1 <= figure.bbox.width + 1
+
+
+def test_confused_pairs_name_both_directions(analysis):
+    texts = drawn(plots.confused_pairs(analysis["confused_pairs"][:10], analysis["mistakes"]))
+    for pair in analysis["confused_pairs"][:10]:
+        assert {f"{pair['a']} classified as {pair['b']}", f"{pair['b']} classified as {pair['a']}"} <= set(texts)
+    drawn(plots.confused_pairs([], 0))
+
+
+def test_pictures_come_with_their_classes(analysis, sample):
+    records, images = analysis["confident_mistakes"], sample["test"].images[: len(analysis["confident_mistakes"])]
+    texts = drawn(plots.mistakes(images, records, "The most confident mistakes"))
+    assert {name for record in records for name in (record["true"], record["predicted"])} <= set(texts)
+    texts = drawn(plots.seen([("a $ name.jpg", images[0], [("Bag", 0.99996), ("Coat", 0.00004)])]))
+    assert {"Bag", "> 99.99%", "a $ name.jpg"} <= set(texts)
+
+
+@pytest.mark.parametrize("name", ["best_mlp_fmnist", "best_resnet_fmnist", "distilled/best_cnn_fmnist"])
+def test_curves_name_the_losses(name):
+    history = read(CHECKPOINTS / f"{name}.json")
+    texts = " ".join(drawn(plots.training_curves(history))).replace("\n", " ")
+    assert f"epoch {history['best_epoch']} was kept" in texts
+    assert "cross-entropy" in texts
+    assert ("validation: cross-entropy" in texts) == (history["flags"]["select"] == "val")
+    assert ("distillation" in texts) == name.startswith("distilled")
+
+
+def test_curves_name_a_loss_of_ones_own(monkeypatch):
+    monkeypatch.setitem(engine.LOSSES, "hinge", engine.Loss("squared hinge loss", engine.cross_entropy))
+    history = read(CHECKPOINTS / "best_cnn_fmnist.json")
+    history["flags"] |= {"loss": "hinge"}
+    figure = plots.training_curves(history)
+    texts = " ".join(drawn(figure)).replace("\n", " ")
+    assert "training, mean over the epoch: squared hinge loss" in texts
+    assert "validation: cross-entropy" in texts
+    assert figure.axes[0].get_ylabel() == "squared hinge loss (training)\ncross-entropy (validation)"
+
+
+def test_the_frontier_names_every_point_in_a_free_place():
+    rows, literature = compare.collect(compare.RUNS), compare.literature()
+    figure = plots.frontier(rows, literature)
+    texts = drawn(figure)
+    ours = [f"{row['model']}, {row['recipe']}" for row in rows if row["select"] != "test"]
+    assert all(texts.count(name) == 3 for name in ours)  # a panel each for seconds, parameters and operations
+    assert all(texts.count(system["name"]) == 1 for system in literature)
+    assert {"hollow: float32", "filled: bfloat16", "literature"} <= set(texts)
+    assert "literature, data before the re-release of 2017-08-31" in texts
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
+
+
+def test_runs_that_differ_in_their_epochs_have_different_names():
+    rows = [row for row in compare.collect(compare.RUNS) if row["recipe"] == "best" and row["model"] == "cnn"]
+    texts = drawn(plots.frontier([*rows, rows[0] | {"epochs": 7, "seconds": 20.0}], []))
+    assert {"cnn, best, 100 epochs", "cnn, best, 7 epochs"} <= set(texts)
+
+
+def test_the_bench_shows_all_programs():
+    results = read(FIGURES / "bench.json")
+    texts = drawn(plots.bench(results))
+    assert {name for programs in results["epoch"].values() for name in programs} <= set(texts)
+
+
+def test_drawing_changes_no_setting_of_matplotlib(analysis):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    first = plots.png(plots.confusion_matrix(analysis["confusion_matrix"], "title", data.CLASSES))
+    assert dict(matplotlib.rcParams) == before
+    assert plots.png(plots.confusion_matrix(analysis["confusion_matrix"], "title", data.CLASSES)) == first
