@@ -1,7 +1,7 @@
 """A hash of the code that a model's results depend on, so that an edit of this code makes old results stale.
 
-It covers the model's class, models.build, and everything in their files that these use: base classes, layers, functions,
-constants, imports. Comments, docstrings, type hints of functions, and other models do not change it.
+It covers the model's class, models.build, and everything in their files that these use: base classes, layers,
+functions, constants, imports. Comments, docstrings, type hints of functions, and other models do not change it.
 """
 
 import ast

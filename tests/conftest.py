@@ -60,8 +60,9 @@ def pytest_terminal_summary(terminalreporter):
 
 # --- processes -------------------------------------------------------------------------------------------
 
-_forks = multiprocessing.get_context("forkserver")  # a fork of a process that has loaded PyTorch starts at once
-_forks.set_forkserver_preload(["torch", "scipy.stats", "scipy.optimize", "sklearn.metrics", "tqdm", "filelock"])
+LOADED = ("pytest", "scipy.stats", "scipy.optimize", "sklearn.metrics", "training.run", "analysis.report")
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(list(LOADED))  # a fork of a process that has loaded all these starts at once
 
 
 def in_a_fork(function, *arguments):

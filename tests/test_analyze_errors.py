@@ -57,11 +57,13 @@ def test_the_numbers_are_those_of_the_checkpoint(analysed, trained, sample):
     assert f"{wrong.sum()} mistakes in 500 test images" in said
 
 
-def test_each_finding_is_told_with_its_verdict(analysed):
+def test_each_finding_has_one_verdict_in_print_and_in_the_numbers(analysed):
     _, analysis, said = analysed
     assert len(analysis["findings"]) == 4
     for finding in analysis["findings"]:
-        assert f"{finding['finding']}: {'confirmed' if finding['holds'] else 'not confirmed'}" in said
+        alone = "confirmed" if finding["holds"] else "not confirmed"
+        assert finding["verdict"].startswith(alone)
+        assert f"{finding['finding']}: {finding['verdict']}" in said
         assert finding["summary"] in said
 
 

@@ -1,45 +1,17 @@
-"""analysis.py, corruptions.py and explain.py: on numbers made by hand, and on real images and models."""
+"""What mistakes are made of, corruptions, maps, code keys: on numbers made by hand, on real images and models."""
+
+import inspect
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-import analysis
 import checkpoint
-import corruptions
 import engine
-import explain
-
-
-def test_the_temperature_that_was_put_in_is_found():
-    generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(20_000, 10, generator=generator)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
-    assert analysis.temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
-    before = analysis.calibration(analysis.scaled(3 * logits, 1), labels.numpy())
-    after = analysis.calibration(analysis.scaled(3 * logits, 3), labels.numpy())
-    assert after["ece"] < 0.02 < 0.15 < before["ece"]
-    assert after["classwise_ece"] < before["classwise_ece"]
-    assert after["log_loss"] < before["log_loss"]
-
-
-def test_calibration_counts_every_image_in_each_diagram():
-    probabilities = np.full((4, 10), 0.02)
-    probabilities[:, 3] = 0.82
-    result = analysis.calibration(probabilities, np.array([3, 3, 3, 1]))
-    assert result["ece"] == pytest.approx(0.82 - 0.75)
-    assert all(sum(each["counts"]) == 4 for each in (result["answer"], *result["classes"].values()))
-    gaps = [0.02] * 10  # told 0.02 of each class that never comes
-    gaps[3], gaps[1] = 0.07, 0.25 - 0.02
-    assert result["classwise_ece"] == pytest.approx(np.mean(gaps))
-
-
-def test_coverage_answers_the_most_confident():
-    curve = analysis.coverage_curve(np.array([0.9, 0.5, 0.7, 0.6]), np.array([True, False, True, True]))
-    assert [(point["n"], point["accuracy"], point["threshold"]) for point in curve] == [
-        (1, 1.0, 0.9), (2, 1.0, 0.7), (3, 1.0, 0.6), (4, 0.75, 0.5),
-    ]  # fmt: skip
+import models
+from analysis import composition, corruptions, explain
+from analysis.code_key import code_key, reachable
 
 
 def test_labels_that_were_exchanged_are_suspect():
@@ -50,7 +22,7 @@ def test_labels_that_were_exchanged_are_suspect():
     given = true.copy()
     exchanged = random.choice(2000, 60, replace=False)
     given[exchanged] = (given[exchanged] + 1) % 10
-    found = analysis.label_issues(given, probabilities)
+    found = composition.label_issues(given, probabilities)
     assert len(set(found) & set(exchanged)) > 40  # confident learning is cautious: it misses some
     assert len(set(found) - set(exchanged)) < 3
 
@@ -61,11 +33,11 @@ def test_near_duplicates_by_either_space_and_consensus_of_all():
         np.array([0.5, 0.001, 0.001, 0.5]),
         np.array([0.5, 0.01, 0.2, 0.01]),
     )
-    assert analysis.near_duplicates(pixel, feature, both).tolist() == [True, True, False, False]
+    assert composition.near_duplicates(pixel, feature, both).tolist() == [True, True, False, False]
     votes = np.array([[1, 2, 3]] * 4 + [[1, 2, 4]])
-    assert analysis.consensus(np.array([1, 5, 3]), votes).tolist() == [True, False, False]
-    assert analysis.consensus(np.array([1, 5, 3]), votes[:4]) is None
-    bits = analysis.ambiguity(np.array([[0, 1], [0, 2]]))
+    assert composition.consensus(np.array([1, 5, 3]), votes).tolist() == [True, False, False]
+    assert composition.consensus(np.array([1, 5, 3]), votes[:4]) is None
+    bits = composition.ambiguity(np.array([[0, 1], [0, 2]]))
     assert bits == pytest.approx([0, 1])
 
 
@@ -74,9 +46,9 @@ def test_each_mistake_is_in_the_first_group_that_it_fits():
     wrong = np.array([True, True, True, True, False])
     suspect, duplicate = np.array([True, False, False, False, True]), np.array([True, True, False, False, True])
     agreed = np.array([True, True, True, False, True])
-    groups = analysis.group(wrong, suspect, duplicate, agreed)
+    groups = composition.group(wrong, suspect, duplicate, agreed)
     assert groups.tolist() == ["label", "duplicate", "consensus", "unstable", ""]
-    assert analysis.group(yes, None, no, None).tolist() == ["unknown"] * 5
+    assert composition.group(yes, None, no, None).tolist() == ["unknown"] * 5
 
 
 @pytest.mark.parametrize("kind", corruptions.KINDS)
@@ -121,8 +93,8 @@ def test_maps_show_where_the_evidence_is(model, method, trained, sample):
     assert features.shape == (500, 128)
     torch.testing.assert_close(network.fc2(features), logits)
     predicted = logits.argmax(1)
-    maps, told = explain.attention_maps(network, test, predicted)
-    assert told == method
+    maps, name = explain.attention_maps(network, test, predicted)
+    assert name == method
     assert maps.shape == (500, 7, 7)
     # Blackening the quarter with the most evidence lowers the answer's logit more than that with the least.
     order = maps.flatten(1).argsort(1)
@@ -133,3 +105,46 @@ def test_maps_show_where_the_evidence_is(model, method, trained, sample):
         hidden = engine.predict_logits(network, test._replace(images=test.images.masked_fill(mask, 0)))
         drops.append((logits - hidden).gather(1, predicted.unsqueeze(1)).mean().item())
     assert drops[0] > 2 * abs(drops[1])
+
+
+# --- what makes the result of a long training stale ------------------------------------------------------
+
+
+def edited(old, new):
+    """models.py with an edit."""
+    source = inspect.getsource(models)
+    assert old in source
+    return source.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stale"),
+    [
+        ("SKIPPED = 0.1", "SKIPPED = 0.2", ("resnet",)),  # of a layer that the class uses
+        ("F.relu(self.norm(x))", "F.gelu(self.norm(x))", ("resnet",)),  # of a layer of that layer
+        ("F.max_pool2d(F.relu(conv(x)), 2)", "F.avg_pool2d(F.relu(conv(x)), 2)", ("cnn",)),  # of a function
+        ("nn.Dropout(0.3)", "nn.Dropout(0.2)", ("cnn",)),
+        ("MODELS[name]()", "MODELS[name]().double()", ("mlp", "cnn", "resnet")),  # of what builds them all
+        ("from torch import nn", "from other import nn", ("mlp", "cnn", "resnet")),
+        ("class MLP(nn.Module):", "class Other(nn.Module):\n    pass\n\n\nclass MLP(nn.Module):", ()),  # a new model
+        ('    "mlp": MLP,', '    "mlp": MLP,\n    "other": Other,', ()),
+        ("# 28x28\n", "# a comment\n", ()),
+        ('"""Add the convolutions\' output to the input."""', '"""Another docstring."""', ()),
+        ("def count_parameters(", "def count_weights(", ()),
+    ],
+)
+def test_a_result_is_stale_after_an_edit_of_what_its_model_uses_and_of_nothing_else(old, new, stale):
+    source, changed = inspect.getsource(models), edited(old, new)
+    starts = {"mlp": "MLP", "cnn": "CNN", "resnet": "ResNet"}
+    found = {
+        name
+        for name, start in starts.items()
+        if any(reachable(source, each) != reachable(changed, each) for each in ("build", start))
+    }
+    assert found == set(stale)
+
+
+def test_models_have_keys_of_16_digits_that_differ():
+    keys = {code_key(name) for name in models.MODELS}
+    assert len(keys) == len(models.MODELS)
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in keys)

@@ -51,8 +51,14 @@ def start(processes, folder, *flags, before=None, options=()):
     if before:
         code = inspect.getsource(before) + f"\n{before.__name__}()" + TRAIN
         script = ["--no-python", sys.executable, "-c", code]
-    words = ["--nproc-per-node", processes, *options, *script, *flags, "--data-dir", SAMPLE, "--checkpoint-dir", folder]
+    words = ["--nproc-per-node", processes, "--master-port", free_port(), *options, *script, *flags]
+    words += ["--data-dir", SAMPLE, "--checkpoint-dir", folder]
     return start_fork(folder.with_suffix(".log"), torchrun, [str(word) for word in words])
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def torchrun(words):
@@ -131,9 +137,7 @@ def test_one_and_two_processes_agree_in_their_curves(tmp_path, flags, tolerance,
 
 def run_on_two_machines(folder, *flags, **how):
     """As far as one machine can show: two torchruns that meet at an address. Either may get the first process."""
-    with socket.create_server(("localhost", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
-    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
+    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     machines = [start(1, folder / name, *flags, options=options, **how) for name in "ab"]
     assert [ended(machine) for machine in machines] == [0, 0]
     (path,) = folder.glob("[ab]/best_mlp_fmnist.json")

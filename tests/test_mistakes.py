@@ -1,9 +1,9 @@
-"""errors.py: the records and findings, on mistakes made by hand."""
+"""analysis/mistakes.py: the records and findings, on mistakes made by hand."""
 
 import numpy as np
 import pytest
 
-import errors
+from analysis import mistakes
 from data import CLASSES
 
 
@@ -27,7 +27,7 @@ def test_mistakes_come_the_most_confident_first_with_names():
     for row, (predicted, confidence) in enumerate([(0, 0.6), (1, 0.9), (2, 0.95), (3, 0.8)]):
         probabilities[row, predicted] = confidence
     labels = np.array([6, 1, 4, 9])  # the second is right
-    assert errors.most_confident_mistakes(probabilities, labels) == [
+    assert mistakes.most_confident(probabilities, labels, CLASSES) == [
         mistake("Coat", "Pullover", 0.95, 2),
         mistake("Ankle boot", "Dress", 0.8, 3),
         mistake("Shirt", "T-shirt/top", 0.6, 0),
@@ -35,7 +35,7 @@ def test_mistakes_come_the_most_confident_first_with_names():
 
 
 def test_pairs_count_both_directions():
-    pairs = errors.confused_pairs(HAND_MADE)
+    pairs = mistakes.confused_pairs(HAND_MADE, CLASSES)
     assert [(pair["a"], pair["b"], pair["a_as_b"], pair["b_as_a"]) for pair in pairs[:3]] == [
         ("T-shirt/top", "Shirt", 3, 4),
         ("Sneaker", "Ankle boot", 5, 2),
@@ -46,12 +46,12 @@ def test_pairs_count_both_directions():
 
 
 def test_the_shirt_group():
-    assert [errors.in_shirt_group(m) for m in HAND_MADE] == [True] * 12 + [False] * 8
-    assert not errors.in_shirt_group(mistake("Coat", "Pullover"))
+    assert [mistakes.in_shirt_group(m) for m in HAND_MADE] == [True] * 12 + [False] * 8
+    assert not mistakes.in_shirt_group(mistake("Coat", "Pullover"))
 
 
 def test_findings_are_counted_and_judged():
-    share, partners, confident, boots = errors.check_findings(HAND_MADE)
+    share, partners, confident, boots = mistakes.check_findings(HAND_MADE, CLASSES)
     assert share["holds"]
     assert share["measured"]["shirt"]["count"] == 13
     assert share["measured"]["shirt"]["share"] == 0.65
@@ -71,13 +71,30 @@ def test_findings_are_counted_and_judged():
 
 def test_findings_can_be_refuted():
     others = [mistake("Bag", "Dress", 0.999)] * 3 + [mistake("Shirt", "Bag", 0.2)] * 2
-    assert [finding["holds"] for finding in errors.check_findings(others)] == [False, False, True, False]
+    assert [finding["holds"] for finding in mistakes.check_findings(others, CLASSES)] == [False, False, True, False]
 
 
 def test_a_model_without_mistakes_has_findings_too():
-    assert [finding["holds"] for finding in errors.check_findings([])] == [False] * 4
-    assert errors.confused_pairs([]) == []
+    assert [finding["holds"] for finding in mistakes.check_findings([], CLASSES)] == [False] * 4
+    assert mistakes.confused_pairs([], CLASSES) == []
 
 
 def test_names_are_those_of_the_data_set():
-    assert {errors.SHIRT, *errors.SHIRT_LIKE, "Sneaker", "Ankle boot"} <= set(CLASSES)
+    assert {mistakes.SHIRT, *mistakes.SHIRT_LIKE, "Sneaker", "Ankle boot"} <= set(CLASSES)
+
+
+def test_findings_are_of_fashion_mnist_alone():
+    assert mistakes.check_findings(HAND_MADE, CLASSES[::-1]) is None
+
+
+def test_other_trainings_decide_the_verdict_once_there_are_two():
+    own, none = mistakes.check_findings(HAND_MADE, CLASSES), mistakes.check_findings([], CLASSES)
+    assert {row["verdict"] for row in mistakes.judge(own, [own] * 5)} == {"confirmed"}
+    assert {row["verdict"] for row in mistakes.judge(own, [own, none])} == {"refined"}
+    assert {row["verdict"] for row in mistakes.judge(own, [none] * 2)} == {"refuted"}
+    assert {row["verdict"] for row in mistakes.judge(own, [none])} == {"confirmed on this checkpoint alone"}
+    assert {row["verdict"] for row in mistakes.judge(none, [])} == {"not confirmed on this checkpoint alone"}
+    row = mistakes.judge(own, [own, none])[0]
+    assert (row["trainings"], row["holds_in"]) == (2, 1)
+    assert row["seeds"] == "holds in 1 of 2"  # a training without mistakes has no share
+    assert mistakes.judge(own, [own] * 5)[0]["seeds"].startswith("holds in 5 of 5; mean share 65% (95% interval ")

@@ -17,13 +17,12 @@ from conftest import SAMPLE, assert_one_line_error, run_script
 from PIL import Image
 from torch import nn
 
-import analysis
 import checkpoint
 import data
-import deep
 import engine
 import models
 import recipes
+from analysis import composition, trainings
 
 
 class Own(nn.Module):
@@ -46,7 +45,8 @@ def shorten():
     del models.MODELS["resnet"]
     for name in list(recipes.RECIPES)[1:]:
         del recipes.RECIPES[name]
-    deep.FOLD_RECIPE, deep.FOLD_EPOCHS = "published", 2
+    trainings.FOLD_RECIPE, trainings.FOLD_EPOCHS = "published", 2
+    data.AUGMENTATIONS.clear()  # train.py refuses those that no recipe uses
     for model, recipe in recipes.RECIPES["published"].items():
         recipes.RECIPES["published"][model] = recipe._replace(epochs=2, batch_size=32)
 
@@ -58,7 +58,7 @@ def add_own_model():
 
 @pytest.fixture(scope="module")
 def analysed(trained, tmp_path_factory):
-    """A report of both models with all that --deep gives, and what was said: folder, analysis.json, stdout."""
+    """A report of both models with all that --deep gives, and what was printed: folder, analysis.json, stdout."""
     folder = tmp_path_factory.mktemp("report")
     paths = [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
     finished = run_script(
@@ -77,13 +77,13 @@ def page_data(path):
 def test_the_groups_partition_the_mistakes(analysed):
     folder, numbers, said = analysed
     page = page_data(folder / "report.html")
-    for each, told in zip(numbers["report"]["checkpoints"], page["checkpoints"], strict=True):
+    for each, content in zip(numbers["report"]["checkpoints"], page["checkpoints"], strict=True):
         assert list(each["groups"]) == ["label", "duplicate", "consensus", "unstable"]
-        mistakes = sum(answer != label for answer, label in zip(told["predicted"], page["labels"], strict=True))
-        assert sum(share["count"] for share in each["groups"].values()) == mistakes == told["mistakes"]
+        mistakes = sum(answer != label for answer, label in zip(content["predicted"], page["labels"], strict=True))
+        assert sum(share["count"] for share in each["groups"].values()) == mistakes == content["mistakes"]
         for name, share in each["groups"].items():
             assert share["ci95"][0] <= share["share"] <= share["ci95"][1]
-            assert list(told["group_of"].values()).count(name) == share["count"]
+            assert list(content["group_of"].values()).count(name) == share["count"]
     assert "suspected label errors: " in said
 
 
@@ -104,17 +104,18 @@ def test_consensus_is_what_five_trainings_answer_alike(analysed, sample):
 def test_fold_probabilities_are_of_models_that_never_saw_the_image(analysed, sample):
     folder = next((analysed[0] / "deep").iterdir())
     everything = torch.cat([sample["train+val"].images, sample["test"].images])
-    index = deep.fold_indices(len(everything))
+    index = trainings.fold_indices(len(everything))
     assert np.array_equal(np.sort(np.concatenate(index)), np.arange(1500))
     for fold in (0, 3):
-        train, test = data.load("train+val", "test", data_dir=folder / "checkpoints" / f"fold-{fold}" / "data")
+        (own,) = (folder / "checkpoints").glob(f"fold-{fold}-*")
+        train, test = data.load("train+val", "test", data_dir=own / "data")
         assert torch.equal(test.images, everything[index[fold]])
         assert len(train.labels) + len(test.labels) == 1500
         assert not set(map(bytes, train.images.numpy())) & set(map(bytes, test.images.numpy()))
-        model, _ = checkpoint.load(folder / "checkpoints" / f"fold-{fold}" / "best_cnn_fmnist.pt")
+        model, _ = checkpoint.load(own / "best_cnn_fmnist.pt")
         stored = json.loads((folder / f"fold-{fold}.json").read_text())["probabilities"]
         expected = engine.predict_logits(model, test).double().softmax(1).flatten().numpy()
-        np.testing.assert_allclose(np.array(stored) / deep.PROBABILITY, expected, atol=1e-4)
+        np.testing.assert_allclose(np.array(stored) / trainings.PROBABILITY, expected, atol=1e-4)
 
 
 def test_the_same_command_goes_on_and_a_changed_recipe_is_trained_anew(analysed, trained, tmp_path):
@@ -230,10 +231,10 @@ def indices(page):
     return page.evaluate("[...document.querySelectorAll('#grid button')].map(b => +b.dataset.index)")
 
 
-def facts(told):
-    labels = np.array([int(c) for c in told["labels"]])
-    predicted = np.array([int(c) for c in told["checkpoints"][0]["predicted"]])
-    probabilities = np.reshape(told["checkpoints"][0]["probabilities"], (-1, 10)) / 10_000
+def facts(content):
+    labels = np.array([int(c) for c in content["labels"]])
+    predicted = np.array([int(c) for c in content["checkpoints"][0]["predicted"]])
+    probabilities = np.reshape(content["checkpoints"][0]["probabilities"], (-1, 10)) / 10_000
     return labels, predicted, probabilities
 
 
@@ -251,17 +252,17 @@ def test_each_cell_of_the_matrix_shows_exactly_its_images(page, report):
 
 
 def test_every_filter_and_order(page, report):
-    told = report[1]
-    labels, predicted, probabilities = facts(told)
+    content = report[1]
+    labels, predicted, probabilities = facts(content)
     wrong, confidence = labels != predicted, probabilities.max(1)
-    flagged = np.isin(np.arange(told["n"]), told["duplicates"])
-    suspect = np.isin(np.arange(told["n"]), [int(i) for i in told["suspects"]])
-    bits = np.array(told["ambiguity"]) / 100
-    group = np.array([told["checkpoints"][0]["group_of"].get(str(i), "") for i in range(told["n"])])
+    flagged = np.isin(np.arange(content["n"]), content["duplicates"])
+    suspect = np.isin(np.arange(content["n"]), [int(i) for i in content["suspects"]])
+    bits = np.array(content["ambiguity"]) / 100
+    group = np.array([content["checkpoints"][0]["group_of"].get(str(i), "") for i in range(content["n"])])
     cases = [
         ("f-what", "right", ~wrong), ("f-true", "6", wrong & (labels == 6)),
         ("f-predicted", "0", wrong & (predicted == 0)),
-        *[("f-group", name, group == name) for name in analysis.GROUPS],
+        *[("f-group", name, group == name) for name in composition.GROUPS],
         ("f-confidence", "0.5,0.9", wrong & (confidence >= 0.5) & (confidence < 0.9)),
         ("f-confidence", "0,0.5", wrong & (confidence < 0.5)),
         ("f-ambiguity", "1,9", wrong & (bits >= 1)), ("f-ambiguity", "0,0.001", wrong & (bits == 0)),
@@ -273,12 +274,12 @@ def test_every_filter_and_order(page, report):
         page.select_option(f"#{control}", value)
         assert sorted(indices(page)) == np.flatnonzero(expected).tolist(), (control, value)
         assert page.locator("#count").inner_text().startswith(f"{expected.sum()} images")
-    rank = np.full(told["n"], told["n"])
-    for i, row in told["suspects"].items():
+    rank = np.full(content["n"], content["n"])
+    for i, row in content["suspects"].items():
         rank[int(i)] = row["rank"]
     orders = {
         "confident": -confidence, "doubtful": confidence, "ambiguous": -bits, "suspect": rank,
-        "near": np.array(told["distance"]), "index": np.arange(told["n"]),
+        "near": np.array(content["distance"]), "index": np.arange(content["n"]),
     }  # fmt: skip
     for name, key in orders.items():
         page.locator("#reset").click()
@@ -288,10 +289,10 @@ def test_every_filter_and_order(page, report):
 
 
 def test_an_image_opens_with_all_that_is_known_of_it(page, report):
-    told, train, test = report[1:]
-    _, _, probabilities = facts(told)
-    maps = sprite(told["checkpoints"][0]["maps"], told["map_size"])
-    assert maps[: told["n"]].any((1, 2)).mean() > 0.9
+    content, train, test = report[1:]
+    _, _, probabilities = facts(content)
+    maps = sprite(content["checkpoints"][0]["maps"], content["map_size"])
+    assert maps[: content["n"]].any((1, 2)).mean() > 0.9
     order = page.evaluate("shown")
     page.locator("#grid button").first.click()
     for step in range(3):
@@ -314,8 +315,8 @@ def test_an_image_opens_with_all_that_is_known_of_it(page, report):
         for number, text in near:
             assert text.startswith(data.CLASSES[train.labels[number]])
         votes = page.locator("#votes tr").all_inner_texts()
-        assert len(votes) == len(told["votes"])
-        for row, vote in zip(votes, told["votes"], strict=True):
+        assert len(votes) == len(content["votes"])
+        for row, vote in zip(votes, content["votes"], strict=True):
             said = [line[i] for line in vote["predicted"]]
             for name, count in re.findall(r"([A-Z][\w/ -]+?) (\d+)(?:,|$)", row.split("\t")[1]):
                 assert said.count(str(data.CLASSES.index(name))) == int(count)
@@ -331,8 +332,8 @@ def test_an_image_opens_with_all_that_is_known_of_it(page, report):
 
 
 def test_groups_calibration_coverage_map_and_theme(page, report):
-    told = report[1]
-    first = told["checkpoints"][0]
+    content = report[1]
+    first = content["checkpoints"][0]
     for key, share in first["groups"].items():
         if share["count"]:
             page.locator(f"[data-group={key}]").click()
@@ -346,19 +347,19 @@ def test_groups_calibration_coverage_map_and_theme(page, report):
     half = min(first["coverage"], key=lambda point: abs(point["coverage"] - 0.5))
     assert f"({half['n']} images" in page.locator("#covertold").inner_text()
     assert f"{100 * half['accuracy']:.2f}% right" in page.locator("#covertold").inner_text()
-    if told["map"]:
+    if content["map"]:
         box = page.locator("#map").bounding_box()
-        x, y = told["map"][2 * 7 : 2 * 7 + 2]
+        x, y = content["map"][2 * 7 : 2 * 7 + 2]
         page.locator("#map").click(position={"x": x / 1000 * box["width"], "y": y / 1000 * box["height"]})
         opened = int(re.match(r"Image (\d+)", page.locator("#h-image").inner_text())[1])
-        near = np.reshape(told["map"], (-1, 2))
+        near = np.reshape(content["map"], (-1, 2))
         assert np.abs(near[opened] - (x, y)).max() <= 4
         page.locator("#close").click()
-    ground = "getComputedStyle(document.body).backgroundColor"
+    background = "getComputedStyle(document.body).backgroundColor"
     page.select_option("#theme", "light")
-    light = page.evaluate(ground)
+    light = page.evaluate(background)
     page.select_option("#theme", "dark")
-    assert page.evaluate(ground) != light == "rgb(255, 255, 255)"
+    assert page.evaluate(background) != light == "rgb(255, 255, 255)"
 
 
 def test_the_matrix_and_an_image_by_keyboard_alone(page):
@@ -379,11 +380,11 @@ def test_the_matrix_and_an_image_by_keyboard_alone(page):
 
 
 def test_several_checkpoints_side_by_side(page, report):
-    told = report[1]
-    if len(told["checkpoints"]) < 2:
+    content = report[1]
+    if len(content["checkpoints"]) < 2:
         pytest.skip("the report is of one checkpoint")
-    answers = [each["predicted"] for each in told["checkpoints"]]
-    differ = [i for i in range(told["n"]) if len({each[i] for each in answers}) > 1]
+    answers = [each["predicted"] for each in content["checkpoints"]]
+    differ = [i for i in range(content["n"]) if len({each[i] for each in answers}) > 1]
     page.select_option("#f-what", "all")
     page.select_option("#f-agree", "no")
     assert sorted(indices(page)) == differ
@@ -393,7 +394,7 @@ def test_several_checkpoints_side_by_side(page, report):
     page.locator("#close").click()
     page.select_option("#which", "1")
     counts = np.array(page.locator("#matrix button").all_inner_texts()).astype(int).reshape(10, 10)
-    labels = np.array([int(c) for c in told["labels"]])
+    labels = np.array([int(c) for c in content["labels"]])
     second = np.array([int(c) for c in answers[1]])
     assert np.trace(counts) == (labels == second).sum()
 
