@@ -60,9 +60,8 @@ def pytest_terminal_summary(terminalreporter):
 
 # --- processes -------------------------------------------------------------------------------------------
 
-LOADED = ("pytest", "scipy.stats", "scipy.optimize", "sklearn.metrics", "training.run", "analysis.report")
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(list(LOADED))  # a fork of a process that has loaded all these starts at once
+_forks.set_forkserver_preload(["tests.loaded"])  # found where pytest is started in the root; else forks are slower
 
 
 def in_a_fork(function, *arguments):
