@@ -1,12 +1,14 @@
 """What a fork in the tests finds already loaded (see conftest.py), so that it starts in a thirtieth of a second."""
 
-import pytest  # noqa: F401
+# ruff: noqa: F401
+
+import pytest
 import scipy.optimize
 import scipy.stats
-import sklearn.metrics  # noqa: F401
+import sklearn.metrics
 
 import analysis.report
-import training.run  # noqa: F401
+import training.run
 from runtime import device
 
 device.git_revision()  # asked once: a commit during the tests must not change what their checkpoints hold

@@ -1,6 +1,7 @@
 """What mistakes are made of, corruptions, maps, code keys: on numbers made by hand, on real images and models."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -105,6 +106,29 @@ def test_maps_show_where_the_evidence_is(model, method, trained, sample):
         hidden = engine.predict_logits(network, test._replace(images=test.images.masked_fill(mask, 0)))
         drops.append((logits - hidden).gather(1, predicted.unsqueeze(1)).mean().item())
     assert drops[0] > 2 * abs(drops[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({}, "Temperature "),  # its best epoch was chosen on the validation images
+        ({"select": "last"}, "No temperature .* trained on these very images"),
+        ({"data": "other"}, "No temperature .* trained on other, measured on sample"),
+        (None, "No temperature .* not known"),
+    ],
+)
+def test_a_temperature_needs_images_that_were_not_trained_on(change, note, trained, sample):
+    model, info = checkpoint.load(trained[0] / "best_mlp_fmnist.pt")
+    if change is None:
+        info = {key: info[key] for key in ("model", "classes")}
+    elif "select" in change:
+        info["flags"] |= change
+    else:
+        info |= change
+    measured = composition.measure("best.pt", model, info, sample["test"], sample["val"])
+    assert re.match(note, measured.temperature_note), measured.temperature_note
+    assert (measured.temperature is None) == (measured.after is None) == note.startswith("No")
+    assert measured.title == ("mlp, training unknown" if change is None else "mlp, recipe published, seed 0")
 
 
 # --- what makes the result of a long training stale ------------------------------------------------------

@@ -184,7 +184,7 @@ def test_a_set_that_is_written_is_read_back_with_its_class_names(sample, tmp_pat
     assert torch.equal(read.images, test.images)
     assert torch.equal(read.labels, test.labels)
     assert len(train.labels) == 40
-    assert sample["test"].classes == data.CLASSES  # of a set without names of its own
+    assert sample["test"].classes == data.CLASSES  # a set without classes.txt
 
 
 NAMES = {
@@ -304,7 +304,7 @@ def fetch(folder, url):
 
 
 def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
-    mirror.delay = 0.4
+    mirror.delay = 0.2
     logs = [tmp_path / name for name in "ab"]
     both = [start_fork(log, fetch, tmp_path / "fetched", mirror.url) for log in logs]
     for process in both:

@@ -92,7 +92,7 @@ def rows(folder):
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
 def test_each_image_is_seen_once_an_epoch_by_one_process(sample, world):
     train = sample["train"]
-    train = train._replace(labels=torch.arange(len(train.labels)))  # by which the images are told apart
+    train = train._replace(labels=torch.arange(len(train.labels)))  # a number for each image
     shares = [list(data.batches(train, 32, 0, 1, rank=rank, world=world)) for rank in range(world)]
     for number, (images, labels) in enumerate(data.batches(train, 32, 0, 1)):
         parts = [share[number] for share in shares]

@@ -49,7 +49,9 @@ def test_training_learns(sample, name, changes):
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["published", "everything"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(sample, changes):
-    (first, _), (second, _), (other, _) = (train(sample, seed=seed, fused=True, **changes) for seed in (0, 0, 1))
+    (first, _), (second, _), (other, _) = (
+        train(sample, seed=seed, epochs=2, fused=True, **changes) for seed in (0, 0, 1)
+    )
     assert_same_bits(first, second)
     for a, b in zip(first.parameters(), other.parameters(), strict=True):
         assert not torch.equal(a, b)

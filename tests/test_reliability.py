@@ -78,14 +78,14 @@ def run(folder, kind, *more, before=None):
 
 def outcome(folder):
     """Everything that a run leaves, by file name, without the times."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for name in [name for name in files if name.endswith(".json")]:
-        history = json.loads(files[name])
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in [name for name in contents if name.endswith(".json")]:
+        history = json.loads(contents[name])
         for part in (history, *history["epochs"]):
             for key in TIMES:
                 part.pop(key, None)
-        files[name] = history
-    return files
+        contents[name] = history
+    return contents
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ class Steps:
 
 
 class Torn:
-    """A file of which a write is two, with a step of Steps between them."""
+    """A file that writes everything in two halves, with a step of Steps between them."""
 
     def __init__(self, file, steps):
         self.file, self.steps = file, steps

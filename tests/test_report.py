@@ -22,7 +22,8 @@ import data
 import engine
 import models
 import recipes
-from analysis import composition, trainings
+import training.run
+from analysis import composition, mistakes, trainings
 
 
 class Own(nn.Module):
@@ -137,6 +138,28 @@ def test_the_same_command_goes_on_and_a_changed_recipe_is_trained_anew(analysed,
     assert (folder / "mlp-published-1.json").read_bytes() == kept
     assert "unstable mistakes: " in finished.stdout
     assert "lr" not in json.loads((folder / "mlp-published-2.json").read_text())["key"]["recipe"]  # the usual one
+
+
+def test_after_an_edit_a_training_gets_another_folder(sample, tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(training.run, "run", lambda request: folders.append(request.checkpoint_dir) or 143)
+    for digest in ("before", "after", "after"):
+        monkeypatch.setattr(trainings, "code_key", lambda _, digest=digest: digest)
+        code = trainings.run(tmp_path, sample["train+val"], sample["test"], str(SAMPLE), "cpu")
+        assert code == 143  # an interrupted training ends the call
+    assert folders[0] != folders[1] == folders[2]  # else the finished run of the code before would be taken
+
+
+def test_a_verdict_is_the_same_in_print_numbers_and_page(analysed):
+    folder, numbers, said = analysed
+    html = (folder / "report.html").read_text()
+    judged = numbers["report"]["checkpoints"][0]["findings"]
+    for finding, row in zip(numbers["findings"], judged, strict=True):
+        assert finding["verdict"] == row["verdict"] in mistakes.VERDICTS
+        assert f"{finding['finding']}: {finding['verdict']}\n" in said
+        assert f"{row['seeds']}</td><td><b>{row['verdict']}</b></td>" in html
+    for verdict, meaning in mistakes.VERDICTS.items():
+        assert f"{verdict}: {meaning}\n" in said
 
 
 def test_a_damaged_result_is_one_line(analysed, trained, tmp_path):
