@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from runtime.errors import UserError
+
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 COVERAGES = 100  # steps of the curve of accuracy against coverage
 
@@ -26,6 +28,10 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {}
+
+
+class MetricError(UserError):
+    """A metric that is not a finite number."""
 
 
 def metric(title: str, unit: str = "") -> Callable:
@@ -58,8 +64,12 @@ def ece(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Compute every metric, by name."""
-    return {name: float(each.compute(logits, labels)) for name, each in METRICS.items()}
+    """Compute every metric, by name. Raises MetricError where one is not a finite number."""
+    figures = {name: float(each.compute(logits, labels)) for name, each in METRICS.items()}
+    for name, figure in figures.items():
+        if not np.isfinite(figure):
+            raise MetricError(f"the metric {name} of metrics.py is {figure}, which JSON cannot hold")
+    return figures
 
 
 def evaluate(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> dict[str, Any]:

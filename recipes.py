@@ -3,6 +3,7 @@
 recipe = recipes.find("fast", "cnn")
 """
 
+import json
 from typing import Any, NamedTuple
 
 from runtime.errors import UserError
@@ -152,3 +153,11 @@ def upgrade(flags: dict[str, Any]) -> dict[str, Any]:
     flip, shift, still, erase = (flags.pop(key, 0) for key in ("flip", "shift", "still", "erase"))
     old = {"flip": 0.5 * bool(flip), "shift": [shift, still] if still else shift, "erase": erase}
     return flags | {"augment": flags["augment"] | {name: value for name, value in old.items() if value}}
+
+
+def setting(flags: dict[str, Any]) -> str:
+    """Write down what two runs of one setting have in common: every flag, and of the teachers their weights.
+
+    flags: of upgrade. Runs of one setting may differ in their seed, and belong together if their data are equal too.
+    """
+    return json.dumps(flags | {"teachers": [teacher["sha256"] for teacher in flags["teachers"]]}, sort_keys=True)

@@ -115,9 +115,10 @@ def spread(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "ensemble" not in result:
             flags = recipes.upgrade(result["training"]["flags"] or {"select": None})
             key = (result["model"], flags["recipe"], flags["select"], result["views"])
-            groups.setdefault(key, []).append(result["accuracy"])
+            alike = (*key, result["training"]["data"], recipes.setting(flags))
+            groups.setdefault(alike, []).append(result["accuracy"])
     return [
-        dict(zip(("model", "recipe", "select", "views"), key, strict=True))
+        dict(zip(("model", "recipe", "select", "views"), key, strict=False))
         | {"n": len(values), "mean_accuracy": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
         for key, values in groups.items()
         if len(values) > 1

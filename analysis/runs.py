@@ -89,10 +89,10 @@ def _read(path: Path) -> Run | None:
 
 
 def _setting(history: dict[str, Any], flags: dict[str, Any]) -> str:
-    """Write down all that two runs of one row have in common. A teacher is its weights, whatever the file's name."""
+    """Write down all that two runs of one row have in common."""
     facts = {
         "model": history["model"],
-        "flags": flags | {"teachers": [teacher["sha256"] for teacher in flags["teachers"]]},
+        "flags": recipes.setting(flags),
         "data": history["data"],
         "classes": list(history.get("classes", sources.CLASSES)),  # old histories are all of Fashion-MNIST's classes
         "images": [history["train_images"], history["select_images"]],
