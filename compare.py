@@ -126,7 +126,8 @@ def _recipe(row: dict[str, Any]) -> str:
 
     data = "" if row["data"] == sources.NAME else f", on {row['data']}"
     changes = "".join(f", {key} {value}" for key, value in row["changed"].items())
-    return f"{row['recipe']}, {row['epochs']} epochs{changes}{data}"
+    epochs = f"{row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
+    return f"{row['recipe']}, {epochs}{changes}{data}"
 
 
 def _accuracy(row: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     temperature: float = 1.0  # of both answers in that distance
     select: str = "val"  # what chooses the epoch that is kept: a key of SELECTIONS
     precision: str = "float32"  # or "auto": bfloat16 where the processor multiplies it natively
-    fused: bool = False  # use the kernels of kernels.c, whose rounding differs from PyTorch's
+    fused: bool = False  # use the kernels of runtime/kernels.c, whose rounding differs from PyTorch's
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {

@@ -43,9 +43,9 @@ def add_recipe(parser: cli.Parser) -> None:
     parser.add_argument(
         "--recipe",
         choices=recipes.RECIPES,
-        help="how to train, a row of recipes.py: as published (default of mlp and cnn), in the least time to the "
-        "published accuracy (fast), to the highest accuracy (best, default of resnet: minutes, for resnet half an "
-        "hour, or hours where the processor has no bfloat16), or from the answers of a --teacher (distilled)",
+        help="how to train, a row of recipes.py (default: published; of resnet: best). fast takes the least time. best "
+        "reaches the highest accuracy, in minutes; of resnet in half an hour, or hours where the processor has no "
+        "bfloat16. distilled learns from the answers of a --teacher",
     )
     parser.add_argument(
         "--teacher",

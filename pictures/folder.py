@@ -1,7 +1,7 @@
 """Make a data folder of ten classes of your own from a folder of pictures.
 
 python -m pictures.folder IMAGES FOLDER
-python train.py --model cnn --data-dir FOLDER
+python train.py --model cnn --data-dir FOLDER --checkpoint-dir again/own
 
 IMAGES holds train/<class>/* and test/<class>/*, as for torchvision's ImageFolder. The folders' names are the classes.
 Pictures of 28x28 grey pixels are taken as they are; all others are converted as predict.py converts them.
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = {part: read_part(args.images / name, classes) for name, part in PARTS.items()}
     sources.write(args.folder, parts, classes)
     print(f"{cli.shown(args.folder)}: a data set with the classes {', '.join(classes)}")
-    print(f"next: python train.py --model cnn --data-dir {shlex.quote(str(args.folder))}")
+    print(f"next: python train.py --model cnn --data-dir {shlex.quote(str(args.folder))} --checkpoint-dir again/own")
     return 0
 
 

@@ -52,7 +52,7 @@ def walk(clone: Path, title: str) -> str:
 
 
 def history(clone: Path, model: str) -> dict:
-    return json.loads((clone / "checkpoints" / f"best_{model}_fmnist.json").read_text())
+    return json.loads((clone / "again" / f"best_{model}_fmnist.json").read_text())
 
 
 def test_a_model_is_a_class_and_a_line(clone):
@@ -103,7 +103,7 @@ def test_a_loss_is_a_function_and_its_name(clone):
     last = found["epochs"][-1]
     assert last["train_loss"] < 0.8 * last["select_loss"]  # one is the focal loss, the other the log loss
     title = "from analysis import plots; import json; f = plots.training_curves(json.load(open('{}')));"
-    title = title.format("checkpoints/best_mlp_fmnist.json") + "print([a.get_ylabel() for a in f.axes])"
+    title = title.format("again/best_mlp_fmnist.json") + "print([a.get_ylabel() for a in f.axes])"
     finished = run(clone, f'python -c "{title}"')
     assert "focal loss" in finished.stdout, finished.stderr
 
@@ -111,7 +111,7 @@ def test_a_loss_is_a_function_and_its_name(clone):
 def test_a_metric_is_a_function(clone):
     printed = walk(clone, "A metric")
     assert re.search(r"top-2 accuracy +0?\.?\d", printed)
-    measured = json.loads((clone / "checkpoints" / "measured.json").read_text())
+    measured = json.loads((clone / "figures" / "measured.json").read_text())
     assert measured["accuracy"] < measured["top2"] < 1
     for row in history(clone, "mlp")["epochs"]:
         assert row["select_accuracy"] < row["select_top2"] <= 1

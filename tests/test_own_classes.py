@@ -54,7 +54,7 @@ def mine(pictures, tmp_path_factory):
     assert train == "train: 600 pictures: 600 taken as they are (28x28, grey, on black)"
     assert "201 pictures: 1 converted as predict.py does, 200 taken" in test
     assert made.endswith(", ".join(ANIMALS))
-    assert following == f"next: python train.py --model cnn --data-dir '{folder}'"
+    assert following == f"next: python train.py --model cnn --data-dir '{folder}' --checkpoint-dir again/own"
     return folder
 
 
