@@ -413,8 +413,8 @@ def _label_note(issues: dict[str, Any] | None, command: str) -> str:
 def _duplicate_note(double: dict[str, Any]) -> str:
     found, on_them, without = double["test"], double["accuracy_of_them"], double["accuracy_without"]
     line = (
-        f"{found['count']:,} of {found['n']:,} test images are near-duplicates of training images, by pixels or by this "
-        f"checkpoint's features, {double['of_another_label']} of them with another label"
+        f"{found['count']:,} of {found['n']:,} test images are near-duplicates of training images, by pixels or by "
+        f"this checkpoint's features, {double['of_another_label']} of them with another label"
     )
     if on_them["n"] and without["n"]:
         line += (

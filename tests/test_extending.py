@@ -111,7 +111,7 @@ def test_a_loss_is_a_function_and_its_name(clone):
 def test_a_metric_is_a_function(clone):
     printed = walk(clone, "A metric")
     assert re.search(r"top-2 accuracy +0?\.?\d", printed)
-    measured = json.loads((clone / "figures" / "measured.json").read_text())
+    measured = json.loads((clone / "again" / "measured.json").read_text())
     assert measured["accuracy"] < measured["top2"] < 1
     for row in history(clone, "mlp")["epochs"]:
         assert row["select_accuracy"] < row["select_top2"] <= 1
