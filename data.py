@@ -8,8 +8,9 @@ The data set stays in memory as uint8 tensors; a batch is gathered, augmented an
 """
 
 import hashlib
+import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,27 +211,35 @@ def augment(
     the order of AUGMENTATIONS. Where the images are a part of a batch of n, each gets what it would get in the whole.
     Raises UserError for a name that is not in AUGMENTATIONS.
     """
-    check_names(augmentations)
     draw = Draws(n or len(images), part, images.device)
+    if unknown := augmentations.keys() - AUGMENTATIONS.keys():
+        check_values({name: augmentations[name] for name in unknown})
     for name, function in AUGMENTATIONS.items():
         if name in augmentations:
-            value = augmentations[name]
-            images = function(images, draw, *(value if isinstance(value, list | tuple) else [value]))
+            images = function(images, draw, *_listed(augmentations[name]))
     return images
 
 
-def check_names(augmentations: Iterable[str], place: str = "") -> None:
-    """Raise UserError for an augmentation that data.py lacks; place says where its name stands."""
-    for name in augmentations:
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def check_values(augmentations: Mapping[str, Any], place: str = "") -> None:
+    """Raise UserError for an augmentation that data.py lacks, or with values that it does not take."""
+    for name, value in augmentations.items():
         if name not in AUGMENTATIONS:
             raise UserError(f"{place}augmentation {name!r} is not in data.py, which has {', '.join(AUGMENTATIONS)}")
+        try:
+            inspect.signature(AUGMENTATIONS[name]).bind(None, None, *_listed(value))
+        except TypeError as error:
+            raise UserError(f"{place}augmentation {name!r} with {value!r}: {error}") from None
 
 
 def check_augmentations(table: Mapping[str, Mapping[str, Recipe]]) -> None:
     """Raise UserError for an augmentation that recipes name but data.py lacks, or that no recipe uses."""
     rows = {f"{name}, {model}": recipe for name, models in table.items() for model, recipe in models.items()}
     for row, recipe in rows.items():
-        check_names(recipe.augment, f"recipes.py, row {row}: ")
+        check_values(recipe.augment, f"recipes.py, row {row}: ")
     for name in AUGMENTATIONS:
         if not any(name in recipe.augment for recipe in rows.values()):
             raise UserError(f"data.py: no row of recipes.py uses the augmentation {name!r}; add it to a row's augment")

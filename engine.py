@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import CLASSES, Split, augment, batches, check_names, derive_seeds, normalise, share
+from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, share
 from optim import build_optimizers, rate, set_rates
 from recipes import Recipe
 from runtime import distributed
@@ -84,7 +84,8 @@ def find_loss(recipe: Recipe) -> Loss:
 def loss_name(recipe: Recipe) -> str:
     """Name the loss of a recipe for curves and reports. One that engine.py no longer has keeps its recorded name."""
     title = LOSSES[recipe.loss].title if recipe.loss in LOSSES else recipe.loss
-    smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+    smooth = recipe.label_smoothing and recipe.loss == "cross_entropy"  # other losses may ignore it
+    smoothing = f", label smoothing {recipe.label_smoothing:g}" if smooth else ""
     taught = f", {recipe.distillation:.0%} of it distillation" if recipe.distillation else ""
     return title + smoothing + taught
 
@@ -131,7 +132,7 @@ class Training:
         self.model, self.train, self.select, self.recipe = model, train, select, recipe
         self.seed, self.precision, self.teacher = seed, precision, teacher
         find_loss(recipe)  # a misspelt name fails here and not in the first step
-        check_names(recipe.augment)
+        check_values(recipe.augment)
         self.optimizers = build_optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))

@@ -107,13 +107,13 @@ def print_several(content: dict[str, Any]) -> None:
     results = content["checkpoints"]
     width = max(len(name(result)) for result in results)
     kind = max(len("model"), *(len(result["model"]) for result in results))
-    others = [key for key in metrics.METRICS if key != "accuracy"]
-    head = "  ".join(f"{key.replace('_', ' '):>8}" for key in others)
+    others = {key: max(8, len(key)) for key in metrics.METRICS if key != "accuracy"}  # with the widths of their columns
+    head = "  ".join(f"{key.replace('_', ' '):>{wide}}" for key, wide in others.items())
     print(f"\n{results[0]['split']} split of {results[0]['data']}, n = {results[0]['n']:,}\n")
     print(f"    {'checkpoint':<{width}}  {'model':<{kind}}  accuracy    95% interval   {head}")
     for number, result in enumerate(results, 1):
         low, high = result["accuracy_ci95"]
-        figures = "  ".join(f"{result[key]:>8.4f}" for key in others)
+        figures = "  ".join(f"{result[key]:>{wide}.4f}" for key, wide in others.items())
         print(
             f"{number:>2}  {name(result):<{width}}  {result['model']:<{kind}}  {result['accuracy']:>8.2%}  "
             f"{low:.2%} to {high:.2%}  {figures}"

@@ -27,8 +27,8 @@ def mlp(pretrained: bool = False, recipe: str = "published") -> _nn.Module:
     """Build the MLP, 784 - 128 - 10.
 
     Input: float32 (n, 1, 28, 28), each pixel as (pixel / 255 - 0.5) / 0.5. Output: logits (n, 10).
-    pretrained: load the shipped weights, in evaluation mode; recipe: "published", or "distilled" for those that the
-    ResNet taught.
+    pretrained: load the weights in checkpoints/, in evaluation mode. These are the shipped ones unless you have trained
+    there. recipe: "published", or "distilled" for those that the ResNet taught.
     """
     return _build("mlp", pretrained, recipe)
 
@@ -37,8 +37,8 @@ def cnn(pretrained: bool = False, recipe: str = "published") -> _nn.Module:
     """Build the CNN, two convolutions and two linear layers.
 
     Input: float32 (n, 1, 28, 28), each pixel as (pixel / 255 - 0.5) / 0.5. Output: logits (n, 10).
-    pretrained: load the shipped weights, in evaluation mode; recipe: "published", or "distilled" for those that the
-    ResNet taught.
+    pretrained: load the weights in checkpoints/, in evaluation mode. These are the shipped ones unless you have trained
+    there. recipe: "published", or "distilled" for those that the ResNet taught.
     """
     return _build("cnn", pretrained, recipe)
 
@@ -47,15 +47,16 @@ def resnet(pretrained: bool = False, recipe: str = "best") -> _nn.Module:
     """Build the ResNet, ten convolutions and a linear layer.
 
     Input: float32 (n, 1, 28, 28), each pixel as (pixel / 255 - 0.5) / 0.5. Output: logits (n, 10).
-    pretrained: load the shipped weights, of recipe "best", in evaluation mode.
+    pretrained: load the weights in checkpoints/, of recipe "best", in evaluation mode. These are the shipped ones
+    unless you have trained there.
     """
     return _build("resnet", pretrained, recipe)
 
 
 def _build(name: str, pretrained: bool, recipe: str) -> _nn.Module:
-    if not pretrained:
-        return _models.build(name)
     if (name, recipe) not in _WEIGHTS:
         shipped = ", ".join(other for model, other in _WEIGHTS if model == name)
         raise ValueError(f"{name} has no weights of recipe {recipe!r}; there are {shipped}")
+    if not pretrained:
+        return _models.build(name)
     return _checkpoint.load(_cli.CHECKPOINTS / _WEIGHTS[name, recipe])[0].eval()

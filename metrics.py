@@ -28,16 +28,19 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {}
+RESERVED = ("loss", "n", "accuracy_ci95", "per_class", "confusion_matrix")  # other names in histories and in JSON
 
 
 class MetricError(UserError):
-    """A metric that is not a finite number."""
+    """A metric whose name is in use, or that is not a finite number."""
 
 
 def metric(title: str, unit: str = "") -> Callable:
     """Register a function (logits, labels) -> float. evaluate.py prints it, and every history holds it."""
 
     def register(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Callable:
+        if function.__name__ in {*METRICS, *RESERVED}:
+            raise MetricError(f"metrics.py: the name {function.__name__!r} is already in use; choose another")
         METRICS[function.__name__] = Metric(title, unit, function)
         return function
 

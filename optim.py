@@ -11,6 +11,7 @@ import torch
 from torch.optim.adam import adam
 
 from recipes import Recipe
+from runtime.errors import UserError
 
 # Muon takes the weights whose matrix has at least so many rows and columns: not the first 3x3 convolution, whose rows
 # have 9 values, nor the last layer, which has 10 rows.
@@ -139,9 +140,16 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[Any]:
-    """Build the optimisers of a recipe: FusedAdam, or Muon and FusedAdam. Each parameter is in one of them."""
+    """Build the optimisers of a recipe: FusedAdam, or Muon and FusedAdam. Each parameter is in one of them.
+
+    Raises UserError for another optimiser, and for values that Adam does not use.
+    """
     if recipe.optimizer == "adam":
+        if recipe.weight_decay or recipe.muon_lr:
+            raise UserError('recipes.py: weight_decay and muon_lr need optimizer="muon"')
         return [FusedAdam(model.parameters(), recipe.lr)]
+    if recipe.optimizer != "muon":
+        raise UserError(f"recipes.py: optimizer {recipe.optimizer!r} is not in optim.py, which has adam and muon")
     matrices = [weight for weight in model.parameters() if weight.ndim > 1 and _smaller_side(weight) >= MATRIX_SIDE]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     return [Muon(matrices, recipe.muon_lr, recipe.weight_decay), FusedAdam(others, recipe.lr)]

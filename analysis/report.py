@@ -57,7 +57,7 @@ METHODS = (
     f"{composition.PIXEL_LIMIT:.1%} of the grey range to the training image nearest in pixels, or a cosine distance "
     f"under {composition.FEATURE_LIMIT} to the one nearest in features with an RMS difference under "
     f"{composition.LOOSE_PIXEL_LIMIT:.1%}. The limits are ours.",
-    "Consensus mistakes: at least five trainings of the same model and recipe, with other seeds, all give the same "
+    "Consensus mistakes: at least five trainings of the same model and recipe, seeds 0 to 4, all give the same "
     "wrong answer; unstable ones: not all of them do. A mistake counts in the first group that it fits.",
     "Ambiguity: the entropy of the answers of all trainings to an image, in bits.",
     "Robustness: after ImageNet-C (arXiv:1903.12261) and MNIST-C (arXiv:1906.02337), with our own strengths.",

@@ -216,7 +216,7 @@ def test_every_checkpoint_that_is_shipped_can_be_read(path):
     flags = recipes.upgrade(info["flags"])
     assert {*recipes.Recipe._fields} <= flags.keys()
     assert not {"flip", "shift", "still", "erase"} & flags.keys()
-    data.check_names(flags["augment"])
+    data.check_values(flags["augment"])
 
 
 # --- someone else's weights ------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_the_sentences_are_those_of_the_report(report):
         f"{issues['train']['count']} training and {issues['test']['count']} test labels",
         f"{doubted:.0%} of them are Shirt, T-shirt/top, Pullover or Coat",
         f"right on {issues['out_of_fold_accuracy']['share']:.2%} of the 70,000 images",
-        f"{groups['consensus']['count']} mistakes are ambiguous garments",
+        f"{groups['consensus']['count']} mistakes are shared by all five trainings",
         f"{groups['unstable']['count']} mistakes change with the seed",
         f"{double['test']['count']} test images",
         f"flatter the accuracy by {100 * gain:.2f} points",

@@ -151,6 +151,8 @@ def _new_run(request: Request, target: torch.device, asked: dict[str, Any]) -> P
     precision = device.dtype_name(device.pick_precision(recipe.precision, target))
     seed = asked.pop("seed", 0)
     flags = {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False, "teachers": []} | asked
+    if flags["select"] not in recipes.SELECTIONS:
+        raise UserError(f"recipes.py: select {flags['select']!r} is none of {', '.join(recipes.SELECTIONS)}")
     if bool(flags["teachers"]) != bool(recipe.distillation):
         raise distill.TeacherError("--recipe distilled and --teacher CHECKPOINT go together")
     if flags["select"] == "val" and any(teacher["select"] != "val" for teacher in flags["teachers"]):
