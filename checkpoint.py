@@ -19,10 +19,9 @@ from torch import nn
 import models
 from data import CLASSES, MEAN, STD, DataError, Split
 from recipes import FLAGS, upgrade
-from runtime import device
+from runtime import device, sources
 from runtime.errors import UserError
 from runtime.files import write_atomically
-from runtime.sources import check_classes as check_names
 
 FORMAT = "fmnist-checkpoint-1"
 FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of which types
@@ -202,7 +201,7 @@ def _check(path: Path, content: dict[str, Any]) -> tuple[str, dict[str, torch.Te
     if any(not fits(value, FLAGS[key]) for key, value in content["flags"].items() if key in FLAGS):
         raise CheckpointError(f"{path}: its flags are not what a checkpoint holds there")
     try:
-        if list(check_names(content["classes"])) != content["classes"]:
+        if list(sources.check_classes(content["classes"])) != content["classes"]:
             raise DataError("its classes are not names")
     except DataError as error:
         raise CheckpointError(f"{path}: {error}") from None
