@@ -22,13 +22,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="2 minutes: the MLP alone, no training of a peer to the end"
     )
     parser.add_argument("--figures-dir", metavar="DIR", type=Path, default=cli.FIGURES, help="default: figures")
-    cli.add_data_dir(parser)
+    cli.add_data_dir(parser, other=False)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables and write the numbers and the figure. Returns the exit code."""
     args = parse_args(argv)
+    torchvision_dir = cli.ROOT / ".cache" / "bench"
+    for folder in (args.figures_dir, torchvision_dir):
+        files.check_folder(folder)
     import torch
 
     import data
@@ -36,14 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks import measure
 
     report = measure.Report()
-    train, test = data.load("train+val", "test", data_dir=args.data_dir)
+    train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=None)
     if len(train.labels) != measure.TRAINING_IMAGES:
         raise UserError("bench.py needs the whole of Fashion-MNIST")
     args.figures_dir.mkdir(parents=True, exist_ok=True)
-    torchvision_dir = cli.ROOT / ".cache" / "bench"
     measure.write_for_torchvision(torchvision_dir, {"train": train, "t10k": test})
     if not measure.has_keras():
-        print("Keras is not installed and is left out: pip install -r requirements-bench.txt")
+        print(f"Keras is not installed and is left out: {cli.install('requirements-bench.txt')}")
     print(
         f"this takes about {2 if args.quick else 30} minutes on two cores; use the machine for nothing else meanwhile"
     )

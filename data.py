@@ -9,7 +9,6 @@ The data set stays in memory as uint8 tensors; a batch is gathered, augmented an
 
 import hashlib
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ __all__ = [
 
 MEAN, STD = 0.5, 0.5  # of pixels scaled to [0, 1], as published
 SPLIT_SEED = 20170825  # of the validation split alone, never of a run: the day arXiv:1708.07747 appeared
+SPLITS = ("train", "val", "train+val", "test")
 VALIDATION_SHARE = 12  # one training image in twelve of each class: 5,000 of 60,000
 
 
@@ -47,7 +47,7 @@ class Split(NamedTuple):
     name: str  # "train", "val", "train+val" or "test"
     images: torch.Tensor  # uint8 (n, 28, 28), 0 is the black background
     labels: torch.Tensor  # int64 (n,), 0 to 9
-    source: str  # "Fashion-MNIST", or the name of the folder that brought its own SHA256SUMS
+    source: str  # "Fashion-MNIST", or the name of the folder of another set
     classes: tuple[str, ...] = CLASSES
 
     def to(self, device: torch.device | str) -> "Split":
@@ -55,18 +55,21 @@ class Split(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
-def load(*splits: str, data_dir: str | Path | None = None) -> list[Split]:
+def load(*splits: str, data_dir: str | Path | None = None, other_data: bool | None = False) -> list[Split]:
     """Find and verify the data set, and return the splits asked for.
 
     "train" and "val" are the 55,000 and 5,000 images of a fixed stratified split of the training set, "train+val" is
-    all 60,000 of it, "test" is the published test set. Sources, in order: `data_dir` (or the variable FMNIST_DIR), a
-    copy fetched earlier, the system's package, downloads.
+    all 60,000 of it, "test" is the published test set. `data_dir`, or the variable FMNIST_DIR, is a folder or a file of
+    the data in any form of docs/data.md. Without them the data are found or fetched. other_data: accept images there
+    that are not Fashion-MNIST; None where the user has no such choice.
 
-    Raises DataError when no source has the data.
+    Raises DataError for another name of a split, when the place given cannot be used, or no source has the data.
     """
+    if unknown := [name for name in splits if name not in SPLITS]:
+        raise DataError(f"there is no split {unknown[0]!r}; they are {', '.join(SPLITS)}")
     parts = {"t10k" if name == "test" else "train" for name in splits}
     names = [name for name in PUBLISHED if name.split("-")[0] in parts]
-    files = find(names, data_dir or os.environ.get("FMNIST_DIR"))
+    files = find(names, data_dir, other_data)
     result = []
     for split in splits:
         part = "t10k" if split == "test" else "train"

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,7 @@ def compiler() -> str:
 def write_for_torchvision(folder: Path, parts: Mapping[str, Split]) -> None:
     """Write the four IDX files where torchvision.datasets.FashionMNIST looks for them."""
     raw = folder / "FashionMNIST" / "raw"
+    shutil.rmtree(raw, ignore_errors=True)  # of an earlier benchmark; write() replaces no other set
     sources.write(raw, {part: (split.images, split.labels) for part, split in parts.items()})
 
 

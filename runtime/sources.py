@@ -1,308 +1,320 @@
-"""Where the images come from: find a data set, verify it, download it, and write one.
+"""Where the images come from: find a data set, verify it, and write one.
 
 files = sources.find(["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"], data_dir=None)
 sources.write(Path("mine"), {"train": (images, labels), "t10k": (images, labels)}, classes=names)
 
-A data set is four IDX files (http://yann.lecun.com/exdb/mnist describes the format), raw or .gz. Those of
-Fashion-MNIST must have the published SHA-256. A folder may bring another set with its own SHA256SUMS, and the names of
-its ten classes in classes.txt.
+The images of Fashion-MNIST must have the published SHA-256. A folder may bring another set with its own SHA256SUMS, or
+is accepted by other_data, and may name its ten classes in classes.txt.
 """
 
-import contextlib
-import gzip
 import hashlib
-import shutil
-import socket
-import struct
-import subprocess
-import sys
-import tempfile
-import zlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-from runtime import cli
-from runtime.errors import UserError, one_line
+from runtime import diagnose, fetch, forms, idx, published
+from runtime.errors import one_line
+from runtime.fetch import notice
+from runtime.files import write_atomically
+from runtime.idx import IMAGES_MAGIC, LABELS_MAGIC, MAX_IMAGES, SIZE, DataError, File
+from runtime.published import CLASSES, NAME, PUBLISHED
+from runtime.sums import SUMS, Altered, Sums
 
-CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-NAME = "Fashion-MNIST"
+__all__ = ["CLASSES", "IMAGES_MAGIC", "LABELS_MAGIC", "NAME", "NAMES", "PUBLISHED", "SUMS", "DataError", "Files"]
 
-# SHA-256 of the decompressed files: distributions compress them anew, so the sums of the .gz differ.
-PUBLISHED = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of images, of labels
-KINDS = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
-SIZE = 28
-MAX_IMAGES = 200_000  # a header that announces more is not believed
-SUMS, NAMES = "SHA256SUMS", "classes.txt"  # what a folder may bring along
+NAMES = "classes.txt"  # what a folder may bring along, beside SHA256SUMS
+SPELT = (NAMES, "Classes.txt", "CLASSES.TXT")
 LONGEST_NAME = 40  # characters of a class name
+DIGITS = tuple("0123456789")  # the class names of another set that brings none
+VARIABLE = "FMNIST_DIR"
 
-FETCHED = cli.ROOT / "data"  # what a download leaves, in torchvision's layout
-PACKAGED = "usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist of Debian and Ubuntu puts it
-SYSTEM = Path("/", PACKAGED)
-MIRRORS = (
-    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the one torchvision uses
-    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-)
-LAYOUTS = ("", "FashionMNIST/raw", "raw", "data/fashion", "fashion")  # below a data folder
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-
-
-class DataError(UserError):
-    """The data set is missing, damaged, or not what it should be."""
+KERAS = Path(os.path.expanduser("~/.keras/datasets/fashion-mnist"))  # what keras.datasets.fashion_mnist leaves
+SYSTEM = Path("/", fetch.PACKAGED)
 
 
 class Files(NamedTuple):
     """The arrays of a data set's files by file name, the name of the set, and its class names."""
 
     arrays: dict[str, np.ndarray]  # uint8 (n, 28, 28) or (n,)
-    source: str  # "Fashion-MNIST", or the name of the folder that brought its own SHA256SUMS
+    source: str  # "Fashion-MNIST", or the name of the folder of another set
     classes: tuple[str, ...]
 
 
-def find(names: Sequence[str], data_dir: str | Path | None) -> Files:
-    """Read and verify the files `names`, from the first source that has them all.
+class Copy(NamedTuple):
+    """A copy of the data set that has been read."""
 
-    Sources, in order: `data_dir`, a copy fetched earlier, the system's package, downloads. One line says which is used.
-    Raises DataError when none has the files, or when a folder with its own SHA256SUMS does not match them.
+    found: forms.Found
+    arrays: dict[str, np.ndarray]
+    classes: tuple[str, ...] | None  # as the form names them
+    unlisted: str  # why no SHA256SUMS vouches for it; "" if one does
+    restored: bool  # its images have been put into the published order
+    other: str  # why it is not Fashion-MNIST; "" if it is
+
+    @property
+    def verified(self) -> bool:
+        """Say whether it is what is published, or what its SHA256SUMS lists."""
+        return not (self.other and self.unlisted)
+
+
+def find(names: Sequence[str], data_dir: str | Path | None, other_data: bool | None = False) -> Files:
+    """Read and verify the files `names`; one line says from where.
+
+    With `data_dir`, or the variable FMNIST_DIR, that folder or file is the only source. Without, the first of these
+    that has the files is used: a copy fetched earlier, Keras' cache, the system's package, downloads.
+    other_data: accept images in the given place that are not the published ones; None where the user has no choice.
+    Raises DataError when the given place cannot be used, or no source has the files.
     """
-    local = [(Path(data_dir).expanduser(), "given folder")] if data_dir else []
-    local += [(FETCHED, "fetched copy"), (SYSTEM, "system copy")]
-    for folder, label in local:
-        given = label == "given folder"
-        if given and (own := _own_sums(folder)) is not None:
-            return _find_own(folder, names, own)
-        if not given and not any(_candidates(folder, name) for name in names):
-            continue  # a usual place that is empty is not worth a line
+    parts = list(dict.fromkeys(name.split("-")[0] for name in names))
+    if data_dir is not None:
+        return _find_given(data_dir, "--data-dir", parts, other_data)
+    if variable := os.environ.get(VARIABLE):
+        return _find_given(variable, VARIABLE, parts, other_data)
+    if other_data:
+        raise DataError("--other-data accepts other images in a folder that you name: add --data-dir FOLDER")
+    for folder, label in ((fetch.FETCHED, "fetched copy"), (KERAS, "Keras' cache"), (SYSTEM, "system copy")):
         try:
-            arrays = _parse({name: _read(folder, name, PUBLISHED) for name in names}, len(CLASSES))
+            arrays = _read_published(folder, parts)
         except (DataError, OSError) as error:
-            _notice(f"{label} {folder} not used: {error}")
+            notice(f"{label} {folder} not used: {error}")
             continue
-        print(f"data: {label} {folder} (SHA-256 verified)", flush=True)
-        return Files(arrays, NAME, CLASSES)
-    return Files(_fetch(names), NAME, CLASSES)
+        if arrays:  # a usual place that is empty is not worth a line
+            print(f"data: {label} {folder} (SHA-256 verified)", flush=True)
+            return Files(arrays, NAME, CLASSES)
+    arrays = fetch.fetch(lambda folder: _read_published(folder, ["train", "t10k"], required=True))
+    return Files({name: arrays[name] for name in names}, NAME, CLASSES)
 
 
-def _find_own(folder: Path, names: Sequence[str], sums: dict[str, str]) -> Files:
-    """Read a set that brought its own SHA256SUMS. No other source can replace it."""
-    try:
-        classes = _read_classes(folder, sums)
-        arrays = _parse({name: _read(folder, name, sums) for name in names}, len(classes))
-    except (DataError, OSError) as error:
-        raise DataError(f"{folder} (with its own SHA256SUMS): {error}") from None
-    print(f"data: given folder {folder}, verified by its own SHA256SUMS: not the published set", flush=True)
-    name = folder.resolve().name
-    return Files(arrays, f"{name} (own)" if name == NAME else name, classes)
-
-
-def _fetch(names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Download all four files into FETCHED, once, whatever else runs; return the arrays of `names`."""
-    FETCHED.mkdir(exist_ok=True)
-    with _wait_for(FileLock(FETCHED / "fetch.lock")):
-        with contextlib.suppress(DataError):  # the process we waited for may have fetched it
-            files = {name: _read(FETCHED, name, PUBLISHED) for name in names}
-            print(f"data: fetched copy {FETCHED} (SHA-256 verified)", flush=True)
-            return _parse(files, len(CLASSES))
-        for left_behind in FETCHED.glob("fetching-*"):  # by a process that was killed; we hold the lock
-            shutil.rmtree(left_behind, ignore_errors=True)
-        for source in (*MIRRORS, "Debian package"):
-            print(f"data: fetching 30 MB from {source}", flush=True)
-            try:
-                files = _fetch_from(source)
-            except (DataError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-                _notice(f"{source} failed: {one_line(error)}")
-                continue
-            print(f"data: fetched copy {FETCHED}, from {source} (SHA-256 verified)", flush=True)
-            return _parse({name: files[name] for name in names}, len(CLASSES))
-    raise DataError(
-        "no source had the data set; put the four files train-/t10k-images-idx3-ubyte.gz and "
-        "-labels-idx1-ubyte.gz of github.com/zalandoresearch/fashion-mnist into a folder and pass --data-dir FOLDER"
-    )
-
-
-def _fetch_from(source: str) -> dict[str, bytes]:
-    """Fetch and verify all four files from one source, then move them into place."""
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=FETCHED) as temporary:
-        folder = Path(temporary)
-        folder = _fetch_debian(folder) if source == "Debian package" else _download(source, folder)
-        files = {name: _read(folder, name, PUBLISHED) for name in PUBLISHED}
-        raw = FETCHED / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            part = Path(temporary, name + ".verified")
-            part.write_bytes(content)
-            part.replace(raw / name)
-    return files
-
-
-def _wait_for(lock: FileLock) -> contextlib.AbstractContextManager:
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        _notice("waiting for another process that is fetching the data")
-        return lock.acquire()
-
-
-def _download(mirror: str, folder: Path) -> Path:
-    from torchvision.datasets.utils import download_url  # takes seconds to import
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
-    try:
-        for name in PUBLISHED:
-            download_url(f"{mirror}{name}.gz", folder)
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return folder
-
-
-def _fetch_debian(folder: Path) -> Path:
-    """Fetch Debian's package by apt-get, whose state and cache lie in a private folder, so that it needs no root."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise DataError("no apt-get and dpkg-deb here: not Debian or Ubuntu")
-    for sub in ("state/lists/partial", "cache/archives/partial"):
-        Path(folder, sub).mkdir(parents=True)
-    options = [f"Dir::State={folder}/state", f"Dir::Cache={folder}/cache", "APT::Status-Fd=1"]
-    options += ["Dir::State::status=/var/lib/dpkg/status", "Acquire::Languages=none", "Acquire::Retries=2"]
-    apt = ["apt-get", *(word for option in options for word in ("-o", option))]
-    for arguments in (["update"], ["download", "dataset-fashion-mnist"]):
-        _run_with_bar([*apt, *arguments], f"apt-get {arguments[0]}", folder)
-    for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True)
-    return folder / PACKAGED
-
-
-def _run_with_bar(command: list[str], name: str, folder: Path) -> None:
-    """Run apt-get with a progress bar; it prints its progress as dlstatus:<file>:<percent>:<text>."""
-    with (
-        open(folder / "errors", "w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder) as run,
-        tqdm(total=100, desc=name, bar_format="{desc} {percentage:3.0f}% |{bar}|") as bar,
-    ):
-        for line in run.stdout or ():
-            if line.startswith("dlstatus:"):
-                bar.update(float(line.split(":")[2]) - bar.n)
-        if run.wait():
-            errors.seek(0)
-            raise DataError(f"{name}: {one_line(errors.read()) or 'failed'}")
-
-
-def _candidates(folder: Path, name: str) -> list[Path]:
-    """List the existing files below `folder` that may hold `name`, raw before .gz, in the usual layouts."""
-    paths = [Path(folder, layout, name + suffix) for layout in LAYOUTS for suffix in ("", ".gz")]
-    return [path for path in paths if path.is_file()]
-
-
-def _read(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
-    """Return the verified decompressed bytes of the IDX file `name`; after a damaged copy the next one is tried."""
-    if not Path(folder).is_dir():
-        raise DataError("no such folder")
+def _read_published(folder: Path, parts: Sequence[str], required: bool = False) -> dict[str, np.ndarray]:
+    """Read the published IDX files in a folder; {} if it has none of them and they are not required."""
     problems: list[str] = []
-    for path in _candidates(folder, name):
+    for found in (each for each in forms.find(folder, []) if each.form is forms.IDX):
         try:
-            content = _read_idx(path, LABELS_MAGIC if "labels" in name else IMAGES_MAGIC)
-            _verify(path, content, name, sums)
-        except (OSError, EOFError, zlib.error) as error:
-            problems.append(f"{path.name} cannot be read: {one_line(error)}")
+            copy = _read(found, parts, Sums(folder))
         except DataError as error:
             problems.append(str(error))
-        else:
-            for problem in problems:
-                _notice(f"{problem}; used {path.name} beside it")
-            return content
-    raise DataError("; ".join(problems) or f"{name}(.gz) is missing")
+            continue
+        if not copy.other:
+            _notice_problems(problems, copy, parts)
+            return copy.arrays
+        problems.append(copy.other)
+    if problems or required:
+        raise DataError(_joined(problems) or "it has no IDX files")
+    return {}
 
 
-def _verify(path: Path, content: bytes, name: str, sums: Mapping[str, str]) -> None:
-    """Raise DataError unless the content has the SHA-256 that belongs to the name."""
-    digest = hashlib.sha256(content).hexdigest()
-    if digest == sums.get(name):
-        return
-    known = {value: key for key, value in sums.items()}
-    if digest in known:
-        raise DataError(f"{path.name} holds the content of {known[digest]}: swapped")
-    raise DataError(f"{path.name} is altered: its SHA-256 is {digest[:12]}…, not {sums.get(name, '?')[:12]}…")
+def _find_given(place: str | Path, flag: str, parts: Sequence[str], other_data: bool | None) -> Files:
+    """Read the set in the folder or file that the user named. No other source can replace it."""
+    if not isinstance(place, str | os.PathLike):
+        raise DataError(f"{flag} must be a path, not {place!r}")
+    if not str(place):
+        raise DataError(f"{flag} is empty: name a folder, or leave it out")
+    path = Path(os.path.expanduser(place))
+    try:
+        sums = Sums(path if path.is_dir() else path.parent)
+        copy = _choose(path, flag, parts, other_data, sums)
+        classes = _read_classes(copy, parts[0], sums, path)
+    except (DataError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{flag} {one_line(path)}: {reason}") from None
+    source = _name(path) if copy.other or classes != CLASSES else NAME
+    _say_which(path, copy, source, classes)
+    return Files(copy.arrays, source, classes)
 
 
-def _read_idx(path: Path, magic: int) -> bytes:
-    """Return the decompressed bytes of an IDX file, no more than its header announces: a gzip bomb stays small."""
-    kind, longer = KINDS[magic], DataError(f"{path.name} is longer than its header announces")
-    words = 4 if magic == IMAGES_MAGIC else 2  # magic, count, and for images rows and columns
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        header = file.read(4 * words)
-        if len(header) < 4 * words:
-            raise DataError(f"{path.name} is truncated: it ends within its header")
-        found, count, *size = struct.unpack(f">{words}I", header)
-        if found != magic:
-            raise DataError(f"{path.name} is not an IDX file of {kind} (it begins with {found}, not {magic})")
-        if count > MAX_IMAGES or size not in ([SIZE, SIZE], []):
-            pixels = f" of {size[0]}x{size[1]} pixels" if size else ""
-            raise DataError(f"{path.name} announces {count:,} {kind}{pixels}: not Fashion-MNIST")
-        expected = count * SIZE**2 if magic == IMAGES_MAGIC else count
-        if path.stat().st_size > expected + expected // 100 + 1000:  # a .gz of a million empty members takes long
-            raise longer
-        payload = file.read(expected + 1)
-    if len(payload) < expected:
-        raise DataError(f"{path.name} is truncated: {len(payload):,} of {expected:,} bytes")
-    if len(payload) > expected:
-        raise longer
-    return header + payload
+def _name(path: Path) -> str:
+    """Name another set by its folder, or by its file without the ending."""
+    name = one_line(path.resolve().name if path.is_dir() else path.stem) or "data"
+    return f"{name} (own)" if name == NAME else name
 
 
-def _parse(files: Mapping[str, bytes], n_classes: int) -> dict[str, np.ndarray]:
-    """Turn IDX bytes by name into uint8 arrays by name, (n, 28, 28) or (n,), and check that they belong together."""
-    arrays = {}
-    for name, content in files.items():
-        if "images" in name:
-            arrays[name] = np.frombuffer(content, np.uint8, offset=16).reshape(-1, SIZE, SIZE)
-        else:
-            arrays[name] = np.frombuffer(content, np.uint8, offset=8)
-    for part in {name.split("-")[0] for name in files}:
-        images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]
-        if len(images) != len(labels) or not len(labels) or labels.max() >= n_classes:
-            raise DataError(f"{part}: {len(images):,} images, {len(labels):,} labels up to {max(labels, default=0)}")
-    return arrays
+def _say_which(path: Path, copy: Copy, source: str, classes: tuple[str, ...]) -> None:
+    form = "" if copy.found.form is forms.IDX else f", {copy.found.form.name}"
+    how = "SHA-256 verified" + ("; put into the published order" if copy.restored else "")
+    if copy.other:
+        by = "not verified" if copy.unlisted else f"verified by its own {SUMS}"
+        named = f", with {NAME}'s class names" if classes == CLASSES else ""
+        how = f"{by}: not the published images; results name it {source!r}{named}"
+    print(f"data: given {'folder' if path.is_dir() else 'file'} {one_line(path)}{form} ({how})", flush=True)
 
 
-def _own_sums(folder: Path) -> dict[str, str] | None:
-    """Read the SHA-256 by file name from a folder's own SHA256SUMS (as `sha256sum` writes it), if it has one."""
-    path = Path(folder, SUMS)
-    if not path.is_file():
-        return None
-    lines = [line.split() for line in path.read_text(errors="replace").splitlines()]
-    return {words[1].lstrip("*"): words[0].lower() for words in lines if len(words) == 2}
+def _choose(path: Path, flag: str, parts: Sequence[str], other_data: bool | None, sums: Sums) -> Copy:
+    """Read the copy in a place that is verified; else the one there, if other data are accepted.
+
+    Raises DataError if there is none, or if folders or files of the place hold different ones.
+    """
+    problems: list[str] = []
+    copies: dict[str, Copy] = {}  # the best of each folder or file
+    others: list[Copy] = []
+    altered, halves = False, set[str]()
+    for found in forms.find(path, problems):
+        before = copies.get(str(found.place))
+        if before and before.verified:
+            continue
+        there = {part for part in parts if found.files.get(part)}
+        halves |= there if len(there) < len(parts) else set()
+        try:
+            copy = _read(found, parts, sums)
+        except DataError as error:
+            problems.append(str(error))
+            altered |= isinstance(error, Altered)
+            continue
+        if not copy.verified:
+            problems.append(copy.other)
+            others.append(copy)
+        if copy.verified or not before:
+            copies[str(found.place)] = copy
+        if not next(iter(copies.values())).other:
+            break  # the published images
+    usable = [copy for copy in copies.values() if copy.verified or (other_data and not altered)]
+    _refuse_several(usable)
+    if usable:
+        _notice_problems([problem for problem in problems if problem != usable[0].other], usable[0], parts)
+        return usable[0]
+    if not problems:
+        raise DataError(diagnose.describe(path, flag, parts))
+    raise DataError(_joined(problems) + _advice(path, flag, parts, others, other_data, halves))
 
 
-def _read_classes(folder: Path, sums: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the class names from a folder's classes.txt; without one they are Fashion-MNIST's."""
-    path = Path(folder, NAMES)
-    if not path.is_file():
-        if NAMES in sums:
-            raise DataError(f"{NAMES} is missing")
-        return CLASSES
-    content = path.read_bytes()[: 100 * LONGEST_NAME]
-    if NAMES in sums:
-        _verify(path, content, NAMES, sums)
-    return check_classes(content.decode(errors="replace").splitlines())
+def _refuse_several(copies: Sequence[Copy]) -> None:
+    """Raise DataError if the copies do not hold the same images and labels: only the user knows which are meant."""
+    for copy in copies[1:]:
+        if not all(np.array_equal(array, copy.arrays[name]) for name, array in copies[0].arrays.items()):
+            both = " and ".join(one_line(each.found.place) for each in (copies[0], copy))
+            archive = copy.found.archive
+            unpack = "unpack the zip and " if archive and archive == copies[0].found.archive else ""
+            raise DataError(f"it holds different data sets: {both}; {unpack}name one of them")
+
+
+def _advice(
+    path: Path, flag: str, parts: Sequence[str], others: Sequence[Copy], other_data: bool | None, halves: set[str]
+) -> str:
+    """Say what to do where no copy can be used."""
+    if others and other_data is not None:
+        unlisted = next((copy.unlisted for copy in others if SUMS in copy.unlisted), "")
+        by_sums = f"; {unlisted}" if unlisted else f", and so does a {SUMS} beside it"
+        return f"; --other-data accepts it as another set, named {_name(path)!r}{by_sums}"
+    if others:
+        return f"; this script needs {NAME}"
+    if len(halves) == len(parts) > 1:
+        return "; put the files of both parts into one folder"
+    return diagnose.nearby(path, flag, parts)
+
+
+def _notice_problems(problems: list[str], copy: Copy, parts: Sequence[str]) -> None:
+    if problems:
+        notice(f"{_joined(problems)}; used {copy.found.names(parts)} beside it")
+
+
+def _joined(problems: list[str]) -> str:
+    return "; ".join(dict.fromkeys(problems))
+
+
+def _read(found: forms.Found, parts: Sequence[str], sums: Sums) -> Copy:
+    """Read the parts of a copy and compare them with its SHA256SUMS and with what is published.
+
+    Raises DataError if it is damaged, inconsistent, or not what its SHA256SUMS says.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    unlisted, differences, named = [], [], []
+    restored = False
+    for part in parts:
+        images, labels, classes = found.read(part)
+        named.append(classes)
+        unlisted.append(_unlisted(found, part, sums, (images, labels)))
+        if found.form is not forms.IDX:  # whose order is what its SHA-256 is about
+            given = images
+            images, labels = published.restore(part, images, labels)
+            restored = restored or images is not given
+        differences.append(_difference(found, part, images, labels))
+        arrays |= {idx.name_of(part, "images"): images, idx.name_of(part, "labels"): labels}
+    if named[0] != named[-1]:
+        raise DataError(f"{found.names(parts)}: the class names of the two parts are not the same")
+    return Copy(found, arrays, named[0], _first(unlisted), restored, _first(differences))
+
+
+def _first(reasons: Iterable[str]) -> str:
+    return next(filter(None, reasons), "")
+
+
+def _unlisted(found: forms.Found, part: str, sums: Sums, arrays: tuple[np.ndarray, np.ndarray]) -> str:
+    """Say why no SHA256SUMS vouches for every file of a part, or for the zip that holds them; "" if one does.
+
+    Raises Altered for a file that differs, and for pictures and parquet files that are listed and missing.
+    """
+    if found.archive and sums.vouch(found.archive):
+        return ""
+    if not any(map(sums.any, found.files[part])):
+        return "not listed"  # at once, where a set has 70,000 pictures
+    files = found.used(part)
+    if missing := sums.missing(*found.pieces(part), files):
+        raise Altered(f"{one_line(missing)} is missing, which {SUMS} lists")
+    contents = [idx.encode(array) for array in arrays] if found.form is forms.IDX else [b""] * len(files)
+    bare = found.form is not forms.FOLDERS  # where a name alone does not say of which class the picture is
+    unlisted = [
+        file for file, content in zip(files, contents, strict=True) if not sums.vouch(file, content, bare)
+    ]  # a list: none may be altered
+    return f"its {SUMS} does not list {one_line(unlisted[0].name)}" if unlisted else ""
+
+
+def _difference(found: forms.Found, part: str, images: np.ndarray, labels: np.ndarray) -> str:
+    """Say why a part is not the published one; "" if it is. Raises DataError if it is not one of ten classes either."""
+    of_both = found.used(part) if found.form is forms.IDX else [None, None]
+    try:
+        for kind, array, file in zip(("images", "labels"), (images, labels), of_both, strict=True):
+            published.check(idx.name_of(part, kind), array, file.name if file else found.names([part]))
+    except DataError as error:
+        reason = str(error)
+    else:
+        return ""
+    try:
+        idx.check(part, images, labels)
+    except DataError as error:
+        raise DataError(f"{reason}; {error}") from None
+    return reason
+
+
+# --- class names -----------------------------------------------------------------------------------------
+
+
+def _read_classes(copy: Copy, part: str, sums: Sums, path: Path) -> tuple[str, ...]:
+    """Return the class names of a copy in the given place.
+
+    They are in a classes.txt beside the files or above them. Else they are those of the form, or Fashion-MNIST's where
+    a SHA256SUMS vouches for the files, or 0 to 9.
+    """
+    file, archive = copy.found.files[part][0], copy.found.archive
+    folders = [*sums.folders(file), *(sums.folders(archive) if archive and archive != path else [])]
+    for folder in folders:
+        if path_of_names := next((folder / name for name in SPELT if (folder / name).exists()), None):
+            return check_classes(_lines(path_of_names, sums))
+    if sums.lists(folders[0] / NAMES):
+        raise DataError(f"{NAMES} is missing")
+    if copy.classes and copy.other:
+        return check_classes(copy.classes)
+    return DIGITS if copy.other and copy.unlisted else CLASSES
+
+
+def _lines(path: File, sums: Sums) -> list[str]:
+    sums.vouch(path)
+    with idx.reading(path), path.open("rb") as file:
+        content = file.read(10_000)
+    utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return [line for line in content.decode("utf-16" if utf16 else "utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name} is not UTF-8 text: save it in this encoding") from None
 
 
 def check_classes(names: Iterable[str]) -> tuple[str, ...]:
     """Return ten class names as a tuple. Raises DataError unless they are ten, distinct, short and printable."""
     classes = tuple(str(name).strip() for name in names)
     if len(classes) != len(CLASSES) or len(set(classes)) != len(classes):
-        raise DataError(f"there must be {len(CLASSES)} different class names, one a line, and not {len(classes)}")
+        twice = one_line(next((name for name in classes if classes.count(name) > 1), ""))[:LONGEST_NAME]
+        given = f"{twice!r} more than once" if twice and len(classes) == len(CLASSES) else str(len(classes))
+        raise DataError(f"there must be {len(CLASSES)} different class names, and not {given}")
     for name in classes:
         if not name or not name.isprintable() or len(name) > LONGEST_NAME:
             raise DataError(
@@ -316,18 +328,24 @@ def write(folder: str | Path, parts: Mapping[str, tuple], classes: Iterable[str]
 
     parts: {"train" and "t10k": (images uint8 (n, 28, 28), labels (n,) from 0 to 9)}, CPU tensors or arrays.
     classes: ten names for classes.txt; without them the set has Fashion-MNIST's.
-    Raises DataError when shapes, dtypes, labels or names do not fit.
+    Raises DataError when shapes, dtypes, labels or names do not fit, or the folder has files of these names with other
+    content. So a write that was interrupted can be repeated.
     """
     folder, files = Path(folder), dict[str, bytes]()
     for part, (images, labels) in parts.items():
         files |= _idx_files(part, np.asarray(images), np.asarray(labels))
     if classes is not None:
         files[NAMES] = "".join(f"{name}\n" for name in check_classes(classes)).encode()
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
+    files[SUMS] = "".join(lines).encode()
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{one_line(folder)} is a file; name a new folder")
+    for name in (*files, NAMES):
+        if (folder / name).exists() and (folder / name).read_bytes() != files.get(name):
+            raise DataError(f"{one_line(folder)} already has another {name}; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
-    (folder / SUMS).write_text("".join(lines))
+        write_atomically(folder / name, content)
 
 
 def _idx_files(part: str, images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
@@ -340,10 +358,6 @@ def _idx_files(part: str, images: np.ndarray, labels: np.ndarray) -> dict[str, b
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(CLASSES):
         raise DataError(f"{part}: labels must be whole numbers from 0 to {len(CLASSES) - 1}")
     return {
-        f"{part}-images-idx3-ubyte": struct.pack(">4I", IMAGES_MAGIC, n, SIZE, SIZE) + images.tobytes(),
-        f"{part}-labels-idx1-ubyte": struct.pack(">2I", LABELS_MAGIC, n) + labels.astype(np.uint8).tobytes(),
+        idx.name_of(part, "images"): idx.encode(images),
+        idx.name_of(part, "labels"): idx.encode(labels.astype(np.uint8)),
     }
-
-
-def _notice(message: str) -> None:
-    print(f"data: {message}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from torchvision import transforms
 
 import data
 import recipes
-from runtime import sources
+from runtime import fetch, published, sources
 from runtime.errors import UserError
 
 FILES = tuple(sources.PUBLISHED)
@@ -51,15 +51,15 @@ def test_every_usual_layout_is_found(sample_as_published, sample, capsys, layout
 
 def test_sources_are_tried_in_order(sample_as_published, capsys, monkeypatch):
     used = []
-    for name in ("system", "fetched", "variable", "given"):
+    for name in ("system", "keras", "fetched", "variable", "given"):
         copy_sample(sample_as_published / name)
         if name == "variable":
             monkeypatch.setenv("FMNIST_DIR", str(sample_as_published / name))
         data.load("test", data_dir=sample_as_published / name if name == "given" else None)
         out = capsys.readouterr().out
         assert out.count("\n") == 1  # one line says which
-        used.append(Path(out.split()[3]).name)
-    assert used == ["system", "fetched", "variable", "given"]
+        used.append(Path(out.split(" (SHA")[0].split()[-1]).name)
+    assert used == ["system", "keras", "fetched", "variable", "given"]
 
 
 def test_evaluating_the_test_set_needs_only_its_two_files(sample_as_published):
@@ -68,6 +68,12 @@ def test_evaluating_the_test_set_needs_only_its_two_files(sample_as_published):
         if name.startswith("train"):
             (sample_as_published / "system" / f"{name}.gz").unlink()
     assert len(data.load("test")[0].labels) == 500
+
+
+def test_there_are_four_splits():
+    for name in ("Test", "tset", "t10k", ""):
+        with pytest.raises(data.DataError, match=f"no split '{name}'; they are train, val, train\\+val, test"):
+            data.load("val", name, data_dir=SAMPLE)
 
 
 # --- verifying -------------------------------------------------------------------------------------------
@@ -124,12 +130,12 @@ def missing(folder):
 DAMAGES = {
     truncate: "t10k-images-idx3-ubyte.gz cannot be read: .*end",
     truncate_raw: "t10k-images-idx3-ubyte is truncated: 391,999 of 392,000 bytes",
-    alter: "t10k-labels-idx1-ubyte.gz is altered",
+    alter: "t10k-labels-idx1-ubyte.gz is not Fashion-MNIST's, or is altered: 500 labels",
     swap_parts: "t10k-images-idx3-ubyte.gz holds the content of train-images-idx3-ubyte: swapped",
     swap_kinds: "t10k-images-idx3-ubyte.gz is not an IDX file of images",
     lengthen: "t10k-labels-idx1-ubyte.gz is longer than its header announces",
     claim_billions: "t10k-images-idx3-ubyte.gz announces 4,000,000,000 images",
-    no_gzip: "t10k-images-idx3-ubyte.gz cannot be read: Not a gzipped file",
+    no_gzip: "t10k-images-idx3-ubyte.gz is not an IDX file of images",
     empty: "t10k-images-idx3-ubyte.gz is truncated",
     missing: r"t10k-labels-idx1-ubyte\(.gz\) is missing",
 }
@@ -137,15 +143,17 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_file_is_named_and_never_used(sample_as_published, sample, capsys, damage):
-    damage(copy_sample(sample_as_published / "given"))
+    damage(copy_sample(sample_as_published / "fetched"))
     copy_sample(sample_as_published / "system")
-    (test,) = data.load("test", data_dir=sample_as_published / "given")
+    (test,) = data.load("test")
     captured = capsys.readouterr()
-    assert re.search(f"given folder .* not used: .*{DAMAGES[damage]}", captured.err), captured.err
+    assert re.search(f"fetched copy .* not used: .*{DAMAGES[damage]}", captured.err), captured.err
     assert captured.err.count("\n") == 1
     assert "system copy" in captured.out
     assert torch.equal(test.images, sample["test"].images)
     assert torch.equal(test.labels, sample["test"].labels)
+    with pytest.raises(data.DataError, match=f"^--data-dir .*{DAMAGES[damage]}"):  # what is named has no substitute
+        data.load("test", data_dir=sample_as_published / "fetched")
 
 
 def test_a_good_copy_beside_a_damaged_one_is_used_and_reported(sample_as_published, capsys):
@@ -153,24 +161,18 @@ def test_a_good_copy_beside_a_damaged_one_is_used_and_reported(sample_as_publish
     copy_sample(folder)
     (folder / "t10k-images-idx3-ubyte").write_bytes(b"rubbish")
     data.load("test", data_dir=folder)
-    assert "used t10k-images-idx3-ubyte.gz beside it" in capsys.readouterr().err
+    assert "used t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz beside it" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_reported(sample_as_published, capsys):
-    copy_sample(sample_as_published / "system")
-    data.load("test", data_dir="/no/such/folder")
-    assert "given folder /no/such/folder not used: no such folder" in capsys.readouterr().err
-
-
-def test_a_set_with_its_own_sums_is_verified_too_and_has_no_substitute(sample_as_published, capsys):
-    copy_sample(sample_as_published / "system")
-    folder = copy_sample(sample_as_published / "own")
+def test_a_set_with_its_own_sums_is_verified_too_and_has_no_substitute(tmp_path, capsys):
+    folder = copy_sample(tmp_path / "own")
     shutil.copy(SAMPLE / "SHA256SUMS", folder)
     assert data.load("test", data_dir=folder)[0].source == "own"
-    assert "not the published set" in capsys.readouterr().out
+    assert "not the published images" in capsys.readouterr().out
     alter(folder)
-    with pytest.raises(data.DataError, match=r"t10k-labels-idx1-ubyte\.gz is altered"):
-        data.load("test", data_dir=folder)
+    for other_data in (False, True):
+        with pytest.raises(data.DataError, match=r"t10k-labels-idx1-ubyte\.gz is altered"):
+            data.load("test", data_dir=folder, other_data=other_data)
 
 
 def test_a_set_that_is_written_is_read_back_with_its_class_names(sample, tmp_path):
@@ -188,7 +190,7 @@ def test_a_set_that_is_written_is_read_back_with_its_class_names(sample, tmp_pat
 
 
 NAMES = {
-    ("a\n" * 10): "there must be 10 different class names",
+    ("a\n" * 10): "there must be 10 different class names, and not 'a' more than once",
     "".join(f"class {number}\n" for number in range(9)): "there must be 10 different class names, .* not 9",
     "".join(f"class {number}\n" for number in range(9)) + "\x1b[2J\n": "is not 1 to 40 printable characters",
     "".join(f"class {number}\n" for number in range(9)) + "x" * 41: "is not 1 to 40 printable characters",
@@ -202,6 +204,37 @@ def test_class_names_that_are_not_ten_good_ones_are_refused(content, tmp_path):
     with pytest.raises(data.DataError, match=NAMES[content]) as caught:
         data.load("test", data_dir=tmp_path / "mine")
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("spelling", ["utf-8-sig", "utf-16", "blank lines", "Classes.txt"])
+def test_class_names_are_read_as_editors_save_them(spelling, tmp_path):
+    copy_sample(tmp_path)
+    names = ["Größe", *(f"class {number}" for number in range(1, 10))]
+    encoding = spelling if spelling.startswith("utf") else "utf-8"
+    between = "\n\n" if spelling == "blank lines" else "\r\n"
+    path = tmp_path / ("Classes.txt" if spelling == "Classes.txt" else "classes.txt")
+    path.write_bytes("".join(name + between for name in names).encode(encoding))
+    assert data.load("test", data_dir=tmp_path, other_data=True)[0].classes == tuple(names)
+    path.write_bytes("\n".join(names).encode("latin-1"))
+    with pytest.raises(data.DataError, match=r"lasses\.txt is not UTF-8 text"):
+        data.load("test", data_dir=tmp_path, other_data=True)
+
+
+def test_writing_a_set_loses_no_file(sample, tmp_path):
+    images, labels = sample["test"].images, sample["test"].labels
+    names = [f"class {number}" for number in range(10)]
+    data.write(tmp_path / "mine", {"t10k": (images, labels)}, names)
+    (tmp_path / "mine" / "SHA256SUMS").unlink()
+    data.write(tmp_path / "mine", {"t10k": (images, labels)}, names)  # as after an interruption
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for parts, classes in (({"t10k": (255 - images, labels)}, names), ({"t10k": (images, labels)}, None),
+                           ({"train": (images, labels)}, names)):  # fmt: skip
+        with pytest.raises(data.DataError, match=r"mine already has another .*; name a new folder"):
+            data.write(tmp_path / "mine", parts, classes)
+        assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match="file is a file; name a new folder"):
+        data.write(tmp_path / "file", {"t10k": (images, labels)})
 
 
 def test_class_names_that_are_altered_or_missing_are_noticed(sample, tmp_path):
@@ -268,16 +301,16 @@ def test_a_download_is_verified_stored_for_torchvision_and_found_again(
     sample_as_published, sample, mirror, monkeypatch, capfd
 ):
     nothing = "http://127.0.0.1:9/"  # the discard port: nobody answers
-    monkeypatch.setattr(sources, "MIRRORS", (nothing, mirror.url))
+    monkeypatch.setattr(fetch, "MIRRORS", (nothing, mirror.url))
     train, test = data.load("train+val", "test")
     assert torch.equal(train.images, sample["train+val"].images)
     captured = capfd.readouterr()
     assert captured.err.count(f"{nothing} failed: ") == 1
     assert "100%" in captured.err  # of the progress bar
-    raw = sources.FETCHED / "FashionMNIST" / "raw"
+    raw = fetch.FETCHED / "FashionMNIST" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == sorted(FILES)
-    assert not list(sources.FETCHED.glob("fetching-*"))
-    monkeypatch.setattr(sources, "MIRRORS", ())
+    assert not list(fetch.FETCHED.glob("fetching-*"))
+    monkeypatch.setattr(fetch, "MIRRORS", ())
     assert torch.equal(data.load("test")[0].images, test.images)
 
 
@@ -286,27 +319,27 @@ def test_an_altered_download_is_refused_and_the_next_source_tried(
 ):
     mirror.folder = copy_sample(tmp_path / "altered")
     alter(mirror.folder)
-    monkeypatch.setattr(sources, "MIRRORS", (mirror.url,))
+    monkeypatch.setattr(fetch, "MIRRORS", (mirror.url,))
     monkeypatch.setenv("PATH", "")  # no apt-get either
     with pytest.raises(data.DataError, match=r"--data-dir FOLDER"):
         data.load("test")
     err = capfd.readouterr().err
-    assert "failed: t10k-labels-idx1-ubyte.gz is altered" in err
+    assert "failed: t10k-labels-idx1-ubyte.gz is not Fashion-MNIST's, or is altered" in err
     assert "Debian package failed: no apt-get" in err
-    assert not list(sources.FETCHED.rglob("*ubyte*"))
+    assert not list(fetch.FETCHED.rglob("*ubyte*"))
 
 
-def fetch(folder, url):
+def fetch_the_sample(folder, url):
     lines = (line.split() for line in (SAMPLE / "SHA256SUMS").read_text().splitlines())
-    sources.PUBLISHED = data.PUBLISHED = {name: digest for digest, name in lines}
-    sources.FETCHED, sources.SYSTEM, sources.MIRRORS = folder, Path("/none"), (url,)
+    published.PUBLISHED = {name: digest for digest, name in lines}
+    fetch.FETCHED, sources.SYSTEM, sources.KERAS, fetch.MIRRORS = folder, Path("/none"), Path("/none"), (url,)
     data.load("train", "test")
 
 
 def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
     mirror.delay = 0.2
     logs = [tmp_path / name for name in "ab"]
-    both = [start_fork(log, fetch, tmp_path / "fetched", mirror.url) for log in logs]
+    both = [start_fork(log, fetch_the_sample, tmp_path / "fetched", mirror.url) for log in logs]
     for process in both:
         process.join(120)
     said = [log.read_text() for log in logs]
@@ -319,14 +352,14 @@ def test_two_processes_at_once_fetch_once_and_both_succeed(mirror, tmp_path):
 
 def test_a_fetch_that_was_killed_leaves_nothing_that_is_used_or_stays(mirror, tmp_path):
     mirror.delay = 0.5
-    first = start_fork(tmp_path / "log", fetch, tmp_path / "fetched", mirror.url)
+    first = start_fork(tmp_path / "log", fetch_the_sample, tmp_path / "fetched", mirror.url)
     while len(mirror.counts) < 2 and first.is_alive():  # until in the middle of the second file
         time.sleep(0.02)
     first.kill()
     first.join()
     assert list((tmp_path / "fetched").glob("fetching-*"))
     mirror.delay = 0
-    second = start_fork(tmp_path / "log", fetch, tmp_path / "fetched", mirror.url)
+    second = start_fork(tmp_path / "log", fetch_the_sample, tmp_path / "fetched", mirror.url)
     second.join(120)
     assert second.exitcode == 0, (tmp_path / "log").read_text()
     assert not list((tmp_path / "fetched").glob("fetching-*"))
@@ -350,18 +383,18 @@ def test_the_debian_package_is_fetched_by_the_real_apt(sample_as_published, samp
         f'Dir::Etc::sourcelist "{repository}/sources.list";\nDir::Etc::sourceparts "-";\n'
     )
     monkeypatch.setenv("APT_CONFIG", str(repository / "apt.conf"))
-    files = sources._fetch(FILES)
-    assert np.array_equal(files["t10k-images-idx3-ubyte"], sample["test"].images.numpy())
+    (test,) = data.load("test")
+    assert torch.equal(test.images, sample["test"].images)
     captured = capfd.readouterr()
     assert "from Debian package (SHA-256 verified)" in captured.out
     assert "apt-get download 100%" in captured.err
-    assert not list(sources.FETCHED.glob("fetching-*"))
+    assert not list(fetch.FETCHED.glob("fetching-*"))
 
 
 def test_a_script_reports_missing_data_in_one_line(tmp_path):
-    (tmp_path / "SHA256SUMS").write_text("")
-    finished = run_script("train.py", "--model", "mlp", "--data-dir", tmp_path, "--checkpoint-dir", tmp_path / "new")
-    assert_one_line_error(finished, "train-images-idx3-ubyte.* is missing")
+    flags = ["--data-dir", tmp_path / "typo", "--checkpoint-dir", tmp_path / "new"]
+    finished = run_script("train.py", "--model", "mlp", *flags)
+    assert_one_line_error(finished, "--data-dir .*typo: there is no such file or folder")
     assert not list((tmp_path / "new").iterdir())
 
 
