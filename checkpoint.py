@@ -4,24 +4,27 @@ checkpoint.save("best.pt", model, name="cnn", epoch=3, ...)
 model, info = checkpoint.load("best.pt")
 """
 
-import io
-import pickletools
-import re
 import sys
-import warnings
-import zipfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import models
+import recipes
 from data import CLASSES, MEAN, STD, DataError, Split
 from recipes import FLAGS, upgrade
-from runtime import device, sources
-from runtime.errors import UserError
+from runtime import adopt, device, sources, weights
+from runtime.cli import shown
+from runtime.code_key import code_key
+from runtime.errors import one_line
 from runtime.files import write_atomically
+from runtime.weights import CheckpointError, from_bytes, read, to_bytes
+
+__all__ = ["Bare", "CheckpointError", "from_bytes", "load", "read", "save", "to_bytes"]
 
 FORMAT = "fmnist-checkpoint-1"
 FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of which types
@@ -38,16 +41,17 @@ FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of wh
     "versions": dict,
     "git": str | None,
 }
-MAX_BYTES = 2**28  # of a file; those of these models have a hundredth
-MAX_PICKLE = 2**17  # bytes of the part that is no tensor
-ALLOWED = re.compile(  # what the pickle of a state_dict names
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
-)
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys others keep a state_dict under
+NEWER: dict[str, Any] = {"code": str | None, "data_sha256": str | None}  # older checkpoints lack these
+SUSPICIOUS = 0.1  # below the published accuracy of a model: such a checkpoint may be used in a wrong way
+MOST_VALUES = 10_000  # in the field of a checkpoint
 
 
-class CheckpointError(UserError):
-    """A file that is no usable checkpoint."""
+class Bare(NamedTuple):
+    """What a user says of a bare state_dict, which says nothing of itself. None: not said."""
+
+    model: str | None = None
+    mean: float | None = None
+    std: float | None = None  # mean and std: of pixels in [0, 1], by which the network's input is normalised
 
 
 def save(path: str | Path, model: nn.Module, **details: Any) -> str:
@@ -57,48 +61,71 @@ def save(path: str | Path, model: nn.Module, **details: Any) -> str:
 
 def serialise(
     model: nn.Module, *, name: str, epoch: int, metrics: dict[str, float], flags: dict[str, Any], seed: int, data: str,
-    classes: tuple[str, ...] = CLASSES,
+    classes: Sequence[str] = CLASSES, code: str | None = None, data_sha256: str | None = None,
 ) -> bytes:  # fmt: skip
     """Return the bytes of a checkpoint: the same for the same run, so nothing here depends on the clock.
 
-    metrics: figures of that epoch; flags: those that shape the training; data: the name of the data set.
+    metrics: figures of that epoch; flags: those that shape the training; data: the name of the data set, and
+    data_sha256 its fingerprint; code: the key of the model's code.
     """
+    state = model.state_dict()
+    if odd := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"the state of {name} holds {odd[0]}, which is no tensor: it could not be read back")
     values = [
         name,
-        {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
+        {key: value.detach().cpu().contiguous() for key, value in state.items()},
         *(list(classes), MEAN, STD, epoch, metrics, flags, seed, data, device.versions(), device.git_revision()),
     ]
-    return to_bytes({"format": FORMAT, **dict(zip(FIELDS, values, strict=True))})
+    newer = {"code": code, "data_sha256": data_sha256}
+    return to_bytes({"format": FORMAT, **dict(zip(FIELDS, values, strict=True)), **newer})
 
 
-def to_bytes(content: Any) -> bytes:
-    """Return what torch.save writes: a zip archive that holds a CRC-32 of each of its parts."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    path: str | Path, bare: Bare = Bare(), quiet: bool = False  # noqa: B008 - it is immutable
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """Load the model of a checkpoint, in evaluation mode on the CPU, and a dict of what the checkpoint says of it.
 
-    A bare state_dict of a known architecture is accepted too. Its tensors are matched by name, or else by order and
-    shape; stderr says so. Its dict holds "model" and "classes" alone.
+    Someone else's state_dict is accepted too: runtime/adopt.py matches it to a model, and stderr says how unless quiet.
+    Its dict holds "model", "classes", "normalisation" ("mean", "std", and whether they are "assumed"), "matched" ("by
+    name" or "by order") and "notes". Its model takes the usual input too, (pixel / 255 - 0.5) / 0.5, and converts it.
+    `bare` is what the user says of such a file, and has no meaning for a checkpoint of ours.
     Raises CheckpointError when the file is missing, damaged, foreign, or holds more than plain weights.
     """
     path = Path(path)
-    content = read(path)
+    model, info = _interpret(path, read(path), bare)
+    if is_bare(info) and not quiet:
+        said = f"{path} is a bare state_dict, matched to {info['model']} {info['matched']}: {'; '.join(info['notes'])}"
+        print(one_line(f"checkpoint: {said}; normalised by {normalisation(info)}"), file=sys.stderr)
+    return model, info
+
+
+def load_all(paths: Sequence[Path], bare: Bare) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Load checkpoints, as load does; what the user says of a bare state_dict must be of use to one of them."""
+    loaded = [load(path, bare) for path in paths]
+    if bare != Bare() and not any(is_bare(info) for _, info in loaded):  # an explicit request is never ignored
+        given = ", ".join(f"--{name}" for name, value in zip(Bare._fields, bare, strict=True) if value is not None)
+        names = [f"{shown(path)} ({info['model']})" for path, (_, info) in zip(paths, loaded, strict=True)]
+        own = f", unlike {', '.join(names)}, which says itself what it is" if names else ""
+        raise CheckpointError(f"{given}: only for a bare state_dict{own}: leave the flags out")
+    return loaded
+
+
+def from_content(path: Path, content: bytes) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a checkpoint from its bytes, as load does from its file; errors name the path."""
+    return _interpret(path, weights.parse(path, content), Bare())
+
+
+def is_bare(info: dict[str, Any]) -> bool:
+    """Say whether a dict of load is of someone else's state_dict, whose training is not known."""
+    return "normalisation" in info
+
+
+def _interpret(path: Path, content: Any, bare: Bare) -> tuple[nn.Module, dict[str, Any]]:
     kind = content.get("format") if isinstance(content, dict) else None
     if isinstance(kind, str) and kind.startswith("fmnist-checkpoint-") and kind.isprintable():
-        name, weights = _check(path, content)
-        info = {key: content[key] for key in FIELDS if key != "weights"}
-    else:
-        name, weights = _adopt(path, content)
-        info = {"model": name, "classes": list(CLASSES)}
-    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise CheckpointError(f"{path}: holds weights that are not finite numbers")
-    model = models.build(name)
-    model.load_state_dict(weights)
-    return model.eval(), info
+        network = _check(path, content)
+        return network, {key: content.get(key) for key in [*FIELDS, *NEWER] if key != "weights"}
+    return _adopt(path, content, bare)
 
 
 def check_classes(path: str | Path, info: dict[str, Any], split: Split) -> None:
@@ -127,71 +154,40 @@ def caution(info: dict[str, Any], split: Split) -> tuple[str, str] | None:
     return None
 
 
-def read(path: str | Path) -> Any:
-    """Read a file of torch.save, checked for damage, with nothing in it executed.
-
-    Raises CheckpointError when the file is missing, damaged, or holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file; `python train.py --model cnn` writes checkpoints")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than any checkpoint of these models")
-    content = path.read_bytes()
-    try:
-        if zipfile.is_zipfile(io.BytesIO(content)):  # what torch.save writes; torch.load does not check the sums
-            pickles = _checked_pickles(path, content)
-        else:  # what it wrote before version 1.6: five pickles, the fourth of which is the content
-            pickles = [io.BytesIO(content[: 5 * MAX_PICKLE])] * 5
-        for stream in pickles:
-            _check_pickle(path, stream)
-        return from_bytes(content)
-    except CheckpointError:
-        raise
-    except Exception:  # a hostile file can make the unpickler raise anything
-        raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
+def changed(info: dict[str, Any]) -> str | None:
+    """Say whether a model's code is another than that which a checkpoint was trained with, or None."""
+    name = info["model"]
+    if not info.get("code") or code_key(name) in (None, info["code"]):
+        return None
+    return f"the code of {name} in models.py has changed since it was trained: its answers may be others"
 
 
-def from_bytes(content: bytes) -> Any:
-    """Return what to_bytes was given."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def suspicion(info: dict[str, Any], split: Split, accuracy: float) -> str | None:
+    """Say what may be wrong where someone else's weights are far less accurate on a split than their kind, or None."""
+    usual = recipes.PUBLISHED.get(info["model"], min(recipes.PUBLISHED.values()))
+    if not is_bare(info) or tuple(split.classes) != CLASSES or accuracy >= usual - SUSPICIOUS:
+        return None
+    return (
+        f"accuracy is far below the {usual:.0%} of its kind: it may have been trained with another normalisation than "
+        f"{normalisation(info)}; --mean 0 --std 1 is for pixels / 255, --mean 0.2860 --std 0.3530 for the mean and the "
+        "standard deviation of the training images"
+    )
 
 
-def _checked_pickles(path: Path, content: bytes) -> list[IO[bytes]]:
-    """Check a zip archive for damage, and return streams of the pickles in it."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise CheckpointError(f"{path}: a zip archive, but not one of torch.save")
-        if sum(member.file_size for member in members) > len(content):  # parts that overlap, to keep readers busy
-            raise CheckpointError(f"{path}: damaged: its parts are longer than the file")
-        if damaged := archive.testzip():
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged!r} inside it is wrong")
-        pickles = [member for member in members if member.filename.endswith(".pkl")]
-        if any(member.file_size > MAX_PICKLE for member in pickles):
-            raise CheckpointError(f"{path}: holds more than weights: refused")
-        return [io.BytesIO(archive.read(member)) for member in pickles]
+def normalisation(info: dict[str, Any]) -> str:
+    """Say by what the input of someone else's network is normalised."""
+    values = info["normalisation"]
+    return f"mean {values['mean']:g} and std {values['std']:g} ({'assumed' if values['assumed'] else 'as given'})"
 
 
-def _check_pickle(path: Path, stream: IO[bytes]) -> None:
-    """Refuse what a state_dict does not need. torch.load runs no code, but knows functions that fill the memory."""
-    for operation, argument, _ in pickletools.genops(stream):
-        if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not ALLOWED.fullmatch(str(argument))):
-            raise CheckpointError(f"{path}: holds Python objects, not only weights: refused, nothing was run")
-
-
-def _check(path: Path, content: dict[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return model name and weights of a checkpoint of ours, once every field has been checked."""
+def _check(path: Path, content: dict[str, Any]) -> nn.Module:
+    """Return the model of a checkpoint of ours, once every field has been checked."""
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in {content['format'][:40]}, this version reads {FORMAT}")
     if missing := [key for key in FIELDS if key not in content]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
-    for key, kind in FIELDS.items():
-        if not isinstance(content[key], kind) or (key != "weights" and not _is_plain(content[key])):
+    for key, kind in (FIELDS | NEWER).items():
+        if not isinstance(content.get(key), kind) or (key != "weights" and not _is_plain(content.get(key))):
             raise CheckpointError(f"{path}: its {key} is not what a checkpoint holds there")
     name = content["model"]
     if name not in models.MODELS:
@@ -205,74 +201,72 @@ def _check(path: Path, content: dict[str, Any]) -> tuple[str, dict[str, torch.Te
             raise DataError("its classes are not names")
     except DataError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if not _is_state_dict(content["weights"]) or _shapes(content["weights"]) != _shapes(_empty(name)):
-        raise CheckpointError(f"{path}: its weights do not have the shapes of {name}")
-    return name, content["weights"]
+    network = adopt.build(name)
+    if odd := _others(content["weights"], adopt.layout(network.state_dict())):
+        which = f"{odd[0]!r:.80}" + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+        git = f"; it was written at git revision {content['git'][:40]}" if content["git"] else ""
+        raise CheckpointError(
+            f"{path}: its weights do not have the names, shapes and dtypes of {name} in models.py: {which}{git}"
+        )
+    return adopt.fill(path, network, content["weights"])
+
+
+def _others(state: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """List the names whose tensors are missing, too many, or not of the layout that is expected."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    found = adopt.layout(tensors)
+    return [key for key in {**expected, **state} if found.get(key) is None or found[key] != expected.get(key)]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Say whether a value is of a type, or a dict (a list) whose values (parts) are, with just these keys."""
+    """Say whether a value is of a type, or a dict whose values are, with just these keys.
+
+    A list as the kind stands for a list each of whose parts is of one of the kinds in it.
+    """
     if isinstance(kind, dict):
         return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
     if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(part, kind[0]) for part in value)
+        return isinstance(value, list) and all(any(fits(part, each) for each in kind) for part in value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind) or (whole and isinstance(0.0, kind))  # 1 is as good as 1.0
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
+def _is_plain(value: Any) -> bool:
     """Say whether a value, or everything in a list or dict, can be printed in a line."""
-    if isinstance(value, list | dict):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
-    if isinstance(value, str):
-        return value.isprintable()
-    return value is None or (isinstance(value, bool | int | float) and (abs(value) < 2**63 or value != value))
+    todo, count = [(value, 3)], 0
+    while todo and count < MOST_VALUES:
+        each, depth = todo.pop()
+        count += 1
+        if isinstance(each, list | dict) and depth:
+            parts = [*each, *each.values()] if isinstance(each, dict) else each
+            todo += [(part, depth - 1) for part in parts]
+        elif isinstance(each, str):
+            if not each.isprintable():
+                return False
+        elif each is not None and not (isinstance(each, bool | int | float) and (abs(each) < 2**63 or each != each)):
+            return False
+    return not todo
 
 
-def _adopt(path: Path, content: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """Match someone else's state_dict to a model: return the model's name and the renamed weights."""
-    for key in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not _is_state_dict(content):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a model's state_dict")
-    for name in models.MODELS:
-        own = _empty(name)
-        if _shapes(content) == _shapes(own):
-            how, weights = "by name", content
-        elif list(_shapes(content).values()) == list(_shapes(own).values()):
-            pairs = ", ".join(f"{theirs} as {ours}" for theirs, ours in zip(content, own, strict=True))
-            how, weights = f"by order and shape ({pairs})", dict(zip(own, content.values(), strict=True))
-        else:
-            continue
-        print(
-            f"checkpoint: {path} is a bare state_dict, matched to {name} {how}; "
-            f"mean {MEAN} and std {STD} are assumed for its normalisation",
-            file=sys.stderr,
-        )
-        return name, weights
-    shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in list(_shapes(content).values())[:12])
-    raise CheckpointError(f"{path}: its tensors ({shapes or 'none'}) are not those of {' or '.join(models.MODELS)}")
+def _adopt(path: Path, content: Any, bare: Bare) -> tuple[nn.Module, dict[str, Any]]:
+    """Match someone else's state_dict to a model, and let the model convert the usual input to its own."""
+    if (bare.mean is None) != (bare.std is None):
+        raise CheckpointError("--mean and --std go together: (pixel / 255 - mean) / std")
+    found = adopt.adopt(path, content, bare.model)
+    assumed = bare.mean is None or bare.std is None
+    mean, std = (MEAN, STD) if bare.mean is None or bare.std is None else (bare.mean, bare.std)
+    info = {
+        "model": found.model,
+        "classes": list(CLASSES),
+        "normalisation": {"mean": mean, "std": std, "assumed": assumed},
+        "matched": found.matched,
+        "notes": found.notes,
+    }
+    if (mean, std) != (MEAN, STD):
+        found.network.register_forward_pre_hook(partial(_renormalise, STD / std, (MEAN - mean) / std))
+    return found.network, info
 
 
-def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, dict) and all(
-        isinstance(key, str)
-        and key.isprintable()
-        and isinstance(value, torch.Tensor)
-        and (value.is_floating_point() or (value.dtype == torch.int64 and not value.dim()))  # batch norm's counter
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        for key, value in content.items()
-    )
-
-
-def _empty(name: str) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        return models.build(name).state_dict()
-
-
-def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in weights.items()}
+def _renormalise(scale: float, shift: float, _: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Convert images that were normalised as usual to the normalisation of someone else's network."""
+    return (inputs[0] * scale + shift,)

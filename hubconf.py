@@ -12,7 +12,7 @@ import checkpoint as _checkpoint
 import models as _models
 from runtime import cli as _cli
 
-dependencies = ["torch", "numpy", "scipy", "filelock", "tqdm"]
+dependencies = ["torch", "numpy", "scipy", "filelock", "tqdm", "PIL"]
 
 _WEIGHTS = {
     ("mlp", "published"): "best_mlp_fmnist.pt",
@@ -59,4 +59,8 @@ def _build(name: str, pretrained: bool, recipe: str) -> _nn.Module:
         raise ValueError(f"{name} has no weights of recipe {recipe!r}; there are {shipped}")
     if not pretrained:
         return _models.build(name)
-    return _checkpoint.load(_cli.CHECKPOINTS / _WEIGHTS[name, recipe])[0].eval()
+    path = _cli.CHECKPOINTS / _WEIGHTS[name, recipe]
+    model, info = _checkpoint.load(path)
+    if _checkpoint.is_bare(info) or info["model"] != name:
+        raise ValueError(f"{path} is no checkpoint of {name} that train.py wrote")
+    return model

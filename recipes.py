@@ -76,11 +76,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
 }  # fmt: skip
 
+TEACHER = {"checkpoint": str, "sha256": str, "model": str, "select": str | None}
 FLAGS: dict[str, Any] = {  # what a run records of how it was trained, and of which types
     "recipe": str,
     **Recipe.__annotations__,
     "deterministic": bool,
-    "teachers": [{"checkpoint": str, "sha256": str, "model": str, "select": str | None}],
+    "teachers": [TEACHER | {"mean": float, "std": float}, TEACHER],  # the latter of earlier versions
 }
 PUBLISHED = {"mlp": 0.8714, "cnn": 0.9182}  # test accuracy of the published protocol, which selects on the test set
 DEFAULTS = {"mlp": "published", "cnn": "published", "resnet": "best"}  # the recipe of a model where none is asked for
@@ -150,14 +151,16 @@ def upgrade(flags: dict[str, Any]) -> dict[str, Any]:
     """
     usual: dict[str, Any] = {"recipe": "published", "deterministic": False, "teachers": [], **Recipe._field_defaults}
     flags = usual | flags
+    flags["teachers"] = [{"mean": 0.5, "std": 0.5} | teacher for teacher in flags["teachers"]]
     flip, shift, still, erase = (flags.pop(key, 0) for key in ("flip", "shift", "still", "erase"))
     old = {"flip": 0.5 * bool(flip), "shift": [shift, still] if still else shift, "erase": erase}
     return flags | {"augment": flags["augment"] | {name: value for name, value in old.items() if value}}
 
 
 def setting(flags: dict[str, Any]) -> str:
-    """Write down what two runs of one setting have in common: every flag, and of the teachers their weights.
+    """Write down what two runs of one setting have in common: every flag, and of the teachers what they answer by.
 
     flags: of upgrade. Runs of one setting may differ in their seed, and belong together if their data are equal too.
     """
-    return json.dumps(flags | {"teachers": [teacher["sha256"] for teacher in flags["teachers"]]}, sort_keys=True)
+    teachers = [[teacher[key] for key in ("sha256", "mean", "std")] for teacher in flags["teachers"]]
+    return json.dumps(flags | {"teachers": teachers}, sort_keys=True)

@@ -1,6 +1,7 @@
 """checkpoint.py: what is written is read back; what is no checkpoint is refused in one line, and nothing in it runs."""
 
 import hashlib
+import json
 import os
 import pickle
 import resource
@@ -22,6 +23,8 @@ import models
 import recipes
 from data import CLASSES
 from runtime import cli, device
+from runtime.code_key import code_key
+from training import run, trial
 
 DETAILS = {
     "name": "cnn",
@@ -59,6 +62,49 @@ def test_a_checkpoint_is_read_back_whole(saved):
     assert info["metrics"] == DETAILS["metrics"]
     assert info["flags"] == DETAILS["flags"]
     assert info["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert (info["code"], info["data_sha256"]) == (None, None)
+    content = checkpoint.serialise(model, **DETAILS, code="1a2b", data_sha256="3c4d")
+    again, info = checkpoint.from_content(path, content)
+    assert_same_weights(model, again)
+    assert (info["code"], info["data_sha256"]) == ("1a2b", "3c4d")
+    earlier = {key: value for key, value in checkpoint.read(path).items() if key not in checkpoint.NEWER}
+    torch.save(earlier, path)
+    assert checkpoint.load(path)[1]["code"] is None
+    with pytest.raises(checkpoint.CheckpointError, match=r"a\.pt: damaged: the checksum"):
+        checkpoint.from_content(path, content.replace(b"1a2b", b"1a2c"))
+
+
+class Buffers(nn.Module):
+    """A network with buffers as positions and masks have them, one parameter in another dtype, and tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("position_ids", torch.arange(28))
+        self.register_buffer("mask", torch.full((28, 28), float("-inf")).triu(1))
+        self.register_buffer("seen", torch.zeros(28, dtype=torch.bool))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.first = nn.Linear(784, 10, bias=False)
+        self.second = nn.Linear(784, 10, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, images):
+        return self.second(images.flatten(1)) * self.scale.float()
+
+
+def test_what_a_model_of_ones_own_saves_is_read_back_whatever_its_buffers_hold(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "buffers", Buffers)
+    model = models.build("buffers")
+    model.seen[3] = True
+    torch.manual_seed(5)
+    following = torch.rand(1)
+    torch.manual_seed(5)
+    checkpoint.save(tmp_path / "a.pt", model, **DETAILS | {"name": "buffers"})
+    loaded, _ = checkpoint.load(tmp_path / "a.pt")
+    assert torch.equal(torch.rand(1), following)  # building it draws no random number of the caller's
+    assert_same_weights(model, loaded)
+    monkeypatch.setattr(Buffers, "get_extra_state", lambda _: {"note": "no tensor"}, raising=False)
+    with pytest.raises(checkpoint.CheckpointError, match="_extra_state, which is no tensor"):
+        checkpoint.serialise(model, **DETAILS | {"name": "buffers"})
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")
@@ -98,6 +144,43 @@ def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
     digest = checkpoint.save(tmp_path / "b.pt", model, **DETAILS)
     assert path.read_bytes() == (tmp_path / "b.pt").read_bytes()
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Shuffled(nn.Module):
+    """A model that keeps random values where its state_dict does not have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.order, self.fc = torch.randperm(784), nn.Linear(784, 10)
+        self.register_buffer("sign", torch.randn(784).sign(), persistent=False)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1)[:, self.order] * self.sign)
+
+
+def test_a_model_that_answers_otherwise_once_it_is_read_back_is_one_line(sample, tmp_path, monkeypatch):
+    """Before the training; and where only training shows it, at its end, before its test accuracy is announced."""
+    monkeypatch.setitem(models.MODELS, "shuffled", Shuffled)
+    line = r"models\.py: shuffled answers otherwise once it is saved and read back: .*register_buffer"
+    with pytest.raises(trial.TrialError, match=line):
+        trial.check("shuffled", recipes.find("published", "mlp"), sample["train"], torch.float32)
+    monkeypatch.setattr(trial, "check", lambda *_: None)
+    with pytest.raises(trial.TrialError, match=line):
+        run.run(run.Request("shuffled", epochs=1, data_dir=SAMPLE, checkpoint_dir=tmp_path, device="cpu"))
+    assert (tmp_path / "best_shuffled_fmnist.pt").exists()
+    assert json.loads((tmp_path / "best_shuffled_fmnist.json").read_text())["test"] is None
+
+
+def test_a_checkpoint_of_changed_code_is_measured_with_a_caution(saved, tmp_path):
+    path, said = tmp_path / "mine.pt", []
+    for code in (None, code_key("cnn"), "0123456789abcdef"):
+        checkpoint.save(path, saved[1], **DETAILS, code=code)
+        said.append(checkpoint.changed(checkpoint.load(path)[1]))
+    assert said[:2] == [None, None]
+    assert "the code of cnn in models.py has changed since it was trained" in said[2]
+    finished = run_script("evaluate.py", path, "--data-dir", SAMPLE, "--json", tmp_path / "a.json")
+    assert said[2] in " ".join(finished.stdout.split())
+    assert said[2] in json.loads((tmp_path / "a.json").read_text())["caution"]
 
 
 # --- atomic ----------------------------------------------------------------------------------------------
@@ -219,56 +302,6 @@ def test_every_checkpoint_that_is_shipped_can_be_read(path):
     data.check_values(flags["augment"])
 
 
-# --- someone else's weights ------------------------------------------------------------------------------
-
-
-class TheirNet(nn.Module):
-    """The published CNN as others write it, with other layer names."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            *[nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
-            *[nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
-        )
-        self.classifier = nn.Sequential(
-            *[nn.Flatten(), nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)]
-        )
-
-    def forward(self, images):
-        return self.classifier(self.features(images))
-
-
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model_state_dict", "data_parallel", "half"])
-def test_a_foreign_state_dict_is_matched_by_order_and_shape_with_a_notice(tmp_path, capsys, wrap):
-    theirs = TheirNet().eval()
-    state = theirs.state_dict()
-    if wrap == "data_parallel":
-        state = {f"module.{key}": value for key, value in state.items()}
-    elif wrap == "half":
-        state = {key: value.half() for key, value in state.items()}
-        theirs = theirs.half().float()
-    elif wrap != "plain":
-        state = {"epoch": 4, wrap: state}
-    torch.save(state, tmp_path / "theirs.pt")
-    model, info = checkpoint.load(tmp_path / "theirs.pt")
-    said = capsys.readouterr().err
-    assert "matched to cnn by order and shape" in said
-    assert "classifier.4.bias as fc2.bias" in said
-    assert said.count("\n") == 1
-    assert info == {"model": "cnn", "classes": list(CLASSES)}
-    images = torch.rand(4, 1, 28, 28)
-    torch.testing.assert_close(model(images), theirs(images))
-
-
-def test_a_bare_state_dict_of_ours_is_matched_by_name_whatever_its_order(tmp_path, capsys):
-    model = models.build("mlp")
-    state = model.state_dict()
-    torch.save({key: state[key] for key in reversed(state)}, tmp_path / "bare.pt", _use_new_zipfile_serialization=False)
-    assert_same_weights(model, checkpoint.load(tmp_path / "bare.pt")[0])
-    assert "matched to mlp by name" in capsys.readouterr().err
-
-
 # --- files that are no checkpoints -----------------------------------------------------------------------
 
 
@@ -320,6 +353,15 @@ def write_bad(kind, path, saved_path):
         torch.save(ours | {"weights": {k: v.to_sparse() for k, v in ours["weights"].items()}}, path)
     elif kind == "ours, other shapes":
         torch.save(ours | {"model": "mlp"}, path)
+    elif kind == "ours, other dtypes":
+        torch.save(ours | {"weights": {key: value.half() for key, value in ours["weights"].items()}}, path)
+    elif kind == "ours, not finite":
+        torch.save(ours | {"weights": ours["weights"] | {"fc2.bias": torch.full((10,), float("inf"))}}, path)
+    elif kind == "ours, a field too long":  # a few bytes of lists within lists, which repeat one list
+        part = [0.5] * 1_000
+        torch.save(ours | {"metrics": {"loss": [part] * 1_000}}, path)
+    elif kind == "ours, an odd code":
+        torch.save(ours | {"code": 7}, path)
     elif kind == "ours, lacking":
         torch.save({key: value for key, value in ours.items() if key != "seed"}, path)
     elif kind == "ours, newer":
@@ -341,25 +383,29 @@ def write_bad(kind, path, saved_path):
 
 
 BAD = {
-    "empty": "damaged, truncated or not a PyTorch checkpoint",
-    "text": "damaged, truncated or not a PyTorch checkpoint",
+    "empty": "an empty file",
+    "text": "an HTML page: download the file itself",
     "truncated1": "damaged, truncated or not a PyTorch checkpoint",
     "truncated50": "damaged, truncated or not a PyTorch checkpoint",
     "truncated99": "damaged, truncated or not a PyTorch checkpoint",
     "bit flip": "damaged: the checksum of .* is wrong",
     "other zip": "a zip archive, but not one of torch.save",
-    "folder": "not a file",
+    "folder": "not a file: name one in this folder",
     "malicious": "refused, nothing was run",
     "malicious, old format": "refused, nothing was run",
     "malicious, plain pickle": "refused, nothing was run",
     "whole model": "refused, nothing was run",
-    "wrong shape": r"its tensors \(10x784, 10\) are not those of mlp or cnn",
+    "wrong shape": r"its tensors \(weight 10x784, bias 10\) are not those of mlp, cnn, .*: add its class to models.py",
     "a list": "holds a list, not a model's state_dict",
     "no tensors": "holds a dict, not a model's state_dict",
-    "integers": "holds a dict, not a model's state_dict",
+    "integers": r"has the names of cnn, but has conv1.weight 32x1x3x3 int64 instead of 32x1x3x3, .* as it is",
     "not finite": "weights that are not finite",
     "sparse": "refused, nothing was run",
-    "ours, other shapes": "its weights do not have the shapes of mlp",
+    "ours, other shapes": r"shapes and dtypes of mlp in models.py: 'fc1.weight' and \d+ more; .* git revision",
+    "ours, other dtypes": "do not have the names, shapes and dtypes of cnn in models.py: 'conv1.weight' and",
+    "ours, not finite": "weights that are not finite",
+    "ours, a field too long": "its metrics is not what a checkpoint holds there",
+    "ours, an odd code": "its code is not what a checkpoint holds there",
     "ours, lacking": "lacks seed",
     "ours, newer": "written in fmnist-checkpoint-99",
     "ours, unknown model": "holds a 'vit'; the models here are mlp, cnn",
@@ -381,6 +427,15 @@ def test_a_bad_file_gets_one_clear_line_and_nothing_in_it_runs(saved, tmp_path, 
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert not path.with_name("ran").exists()
+
+
+def test_what_is_no_name_of_a_file_is_said():
+    for name, said in (
+        ("https://x.org/a.pt", "an address: download"),
+        ("checkpoints/*.pth", "leave a pattern to the shell"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=said):
+            checkpoint.load(name)
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "analyze_errors.py"])

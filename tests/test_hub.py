@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SAMPLE
 
 import hubconf
+import models
 
 CODE = """
 import json, sys, torch
@@ -67,3 +70,14 @@ def test_the_hub_lists_the_models_and_their_input():
     assert set(public) == {"mlp", "cnn", "resnet"}  # as torch.hub.list does
     for function in public.values():
         assert "(pixel / 255 - 0.5) / 0.5" in function.__doc__
+
+
+def test_other_weights_at_the_place_of_a_model_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(hubconf._cli, "CHECKPOINTS", tmp_path)
+    place = tmp_path / "best_cnn_fmnist.pt"
+    shutil.copy(ROOT / "checkpoints" / "best_mlp_fmnist.pt", place)
+    with pytest.raises(ValueError, match="is no checkpoint of cnn"):
+        hubconf.cnn(pretrained=True)
+    torch.save(models.build("cnn").state_dict(), place)
+    with pytest.raises(ValueError, match="is no checkpoint of cnn"):
+        hubconf.cnn(pretrained=True)

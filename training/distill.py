@@ -9,6 +9,7 @@ An answer is the mean over a few views of an image, mirrored and moved: one targ
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,58 @@ from tqdm import tqdm
 import checkpoint
 import data
 import engine
+from checkpoint import Bare
 from data import Split
 from recipes import upgrade
 from runtime import cli, distributed
 from runtime.device import dtype_name
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import file_sha256, write_atomically
+from runtime.weights import AmbiguousError
 
 CACHE = cli.ROOT / ".cache" / "teachers"
-FORMAT = 2  # of the cached files
+FORMAT = 3  # of the cached files
 
 
 class TeacherError(UserError):
     """A teacher that cannot teach this run."""
 
 
-def describe(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Describe teachers for a run's record: dicts of checkpoint, sha256, model, and what selected its epoch."""
+def describe(
+    paths: Iterable[str | Path], mean: float | None = None, std: float | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Describe teachers for a run's record: dicts of checkpoint, sha256, model, what selected its epoch, mean and std.
+
+    mean and std: by which the input of bare state_dicts among them is normalised.
+    """
+    files = [Path(path) for path in paths]
     described = []
-    for path in paths:
-        _, info = checkpoint.load(path)
+    try:
+        loaded = checkpoint.load_all(files, Bare(None, mean, std))
+    except AmbiguousError as error:  # whose advice is --model, which here names the student
+        teacher, _, _ = str(error).partition(": choose")
+        raise TeacherError(
+            f"{teacher}; a teacher must fit one model: give its tensors the names that its model alone has here, or "
+            "take the others out of MODELS in models.py"
+        ) from None
+    for path, (_, info) in zip(files, loaded, strict=True):
         select = upgrade(info["flags"])["select"] if "flags" in info else None
-        teacher = {"checkpoint": cli.shown(path), "sha256": file_sha256(path), "model": info["model"], "select": select}
-        described.append(teacher)
+        names = {"checkpoint": cli.shown(path), "sha256": file_sha256(path), "model": info["model"], "select": select}
+        values = info.get("normalisation", info)
+        described.append(names | {"mean": values["mean"], "std": values["std"]})
     return described
+
+
+def named(teacher: dict[str, Any]) -> str:
+    """Name a teacher of describe in a message, with its normalisation where that is not the usual one."""
+    mean, std = teacher["mean"], teacher["std"]
+    return teacher["checkpoint"] + ("" if [mean, std] == [data.MEAN, data.STD] else f" (mean {mean:g}, std {std:g})")
+
+
+def _load(teacher: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Load a teacher as it was described, which was said then; earlier versions recorded no mean and std."""
+    bare = Bare(teacher["model"], teacher.get("mean"), teacher.get("std"))
+    return checkpoint.load(teacher["checkpoint"], bare, quiet=True)
 
 
 def answers(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype = torch.float32) -> torch.Tensor:
@@ -56,19 +85,23 @@ def answers(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype
     for teacher in teachers:
         if file_sha256(teacher["checkpoint"]) != teacher["sha256"]:
             raise TeacherError(f"{teacher['checkpoint']} is no longer the teacher this run began with")
-        checkpoint.check_classes(teacher["checkpoint"], checkpoint.load(teacher["checkpoint"])[1], split)
-    key = [FORMAT, [teacher["sha256"] for teacher in teachers], data.fingerprint(split), dtype_name(precision)]
+        checkpoint.check_classes(teacher["checkpoint"], _load(teacher)[1], split)
+    networks = [[each["sha256"], each["model"], each.get("mean"), each.get("std")] for each in teachers]
+    key = [FORMAT, networks, data.fingerprint(split), dtype_name(precision)]
     path = CACHE / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     logits = distributed.from_first(lambda: _read(path))
     if logits is None:
         logits = _compute(teachers, split, precision)
         if distributed.rank() == 0:
-            _write(path, logits)
+            try:
+                _write(path, logits)
+            except OSError as error:  # the run does not need it
+                print(f"the teachers' answers are not cached: {one_line(error)}", file=sys.stderr)
     return torch.from_numpy(logits).to(split.labels.device)
 
 
 def _compute(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype) -> np.ndarray:
-    networks = [checkpoint.load(teacher["checkpoint"])[0].to(split.labels.device) for teacher in teachers]
+    networks = [_load(teacher)[0].to(split.labels.device) for teacher in teachers]
     with (
         tqdm(total=len(networks) * len(engine.VIEWS), desc="teachers", unit=" views", disable=None) as bar,
         torch.autocast(split.labels.device.type, precision, enabled=precision is not torch.float32),
