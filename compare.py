@@ -49,10 +49,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, draw the figure and write the numbers. Returns the exit code."""
     args = parse_args(argv)
+    files.check_folder(args.figures_dir)
     from analysis import plots
 
-    args.figures_dir.mkdir(parents=True, exist_ok=True)
     rows = collect(*args.folders)
+    args.figures_dir.mkdir(parents=True, exist_ok=True)
     picture = args.figures_dir / "frontier.png"
     files.write_atomically(picture, plots.png(plots.frontier(rows, literature())))
     print(markdown(rows))
@@ -121,13 +122,14 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def _recipe(row: dict[str, Any]) -> str:
-    """Name the recipe with what sets the row apart: its data, and values that recipes.py no longer has."""
+    """Name the recipe with what sets the row apart: its data, values that recipes.py lost, what differs."""
     from runtime import sources  # NumPy is not needed for --help
 
     data = "" if row["data"] == sources.NAME else f", on {row['data']}"
     changes = "".join(f", {key} {value}" for key, value in row["changed"].items())
     epochs = f"{row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
-    return f"{row['recipe']}, {epochs}{changes}{data}"
+    differs = f", {row['differs']}" if "differs" in row else ""
+    return f"{row['recipe']}, {epochs}{changes}{data}{differs}"
 
 
 def _accuracy(row: dict[str, Any]) -> str:

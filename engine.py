@@ -37,6 +37,10 @@ class TrainingError(UserError):
     """The training cannot continue."""
 
 
+class Stopped(Exception):
+    """A prediction was asked to stop before its end."""
+
+
 # --- the loss: a function here, named by a row of recipes.py ---------------------------------------------
 
 
@@ -137,6 +141,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
+        self._recent: list[tuple] = []  # what _step returned of steps not yet counted
         self.epoch = 1
         self._begin_epoch()
 
@@ -155,8 +160,12 @@ class Training:
     @property
     def seen(self) -> int:
         """The number of the epoch's images that are done, with a part of those it leaves out."""
+        return self.seen_at(self.step)
+
+    def seen_at(self, step: int) -> int:
+        """Return the number of images that are done after so many steps of the epoch."""
         chosen = len(self._numbered.labels)
-        return min(self.step * self.recipe.batch_size, chosen) * len(self.train.labels) // chosen
+        return min(step * self.recipe.batch_size, chosen) * len(self.train.labels) // chosen
 
     @property
     def finished(self) -> bool:
@@ -169,8 +178,9 @@ class Training:
         """Train the rest; after each epoch yield its row.
 
         progress(images, loss, accuracy) is called every CHECK_EVERY steps and after an epoch's last one, with the
-        number of images since its last call and the epoch's means so far. stop() is called then too. Once it is true,
-        in any of the processes, the run ends where it is.
+        number of images since its last call and the epoch's means so far. Once stop() is true, the run ends where it
+        is: after any step, or between two batches of an evaluation; with several processes where progress is called,
+        if it is true in any of them.
         Yields {"epoch", "train_loss", "train_accuracy", "select_loss", "select_accuracy", "select_..." (every other
         metric), "seconds", "images_per_second"}. Losses are in nats. Those of training are means over the epoch while
         the model changes, with dropout, augmentation and label smoothing. Seconds are of the whole epoch with its
@@ -181,19 +191,23 @@ class Training:
             stopped = self._train_epoch(progress, stop)
             if self.step < self.steps:
                 return
-            row = self._row()
+            try:
+                row = self._row(stop)
+            except Stopped:
+                return
             self.epoch += 1
             self._begin_epoch()
             yield row
             if stopped:
                 return
 
-    def _row(self) -> dict[str, Any]:
-        """Measure the epoch that has just ended."""
+    def _row(self, stop: Callable[[], bool] | None) -> dict[str, Any]:
+        """Measure the epoch that has just ended. Raises Stopped."""
         start, n = time.perf_counter(), len(self.train.labels)
         row: dict[str, Any] = {"epoch": self.epoch, "train_loss": self.loss / n, "train_accuracy": self.correct / n}
         if self.select:
-            logits, labels = predict_logits(self.model, self.select), self.select.labels.cpu()
+            distributed.share_buffers(self.model)  # each process has its own running statistics of batch norm
+            logits, labels = predict_logits(self.model, self.select, stop=stop), self.select.labels.cpu()
             _check_finite(metrics.log_loss(logits, labels), f"the evaluation after epoch {self.epoch}")
             figures = metrics.measure(logits, labels)
             row |= {"select_loss": figures.pop("log_loss"), "select_accuracy": figures.pop("accuracy")}
@@ -203,22 +217,29 @@ class Training:
         return row
 
     def _train_epoch(self, progress: Callable | None, stop: Callable[[], bool] | None) -> bool:
-        """Take the rest of the epoch's steps. Returns whether a stop was asked for, which cuts it short."""
+        """Take the rest of the epoch's steps. Returns whether a stop was asked for, which cuts it short.
+
+        Counting many steps at once keeps a step short. Those not yet counted at a stop are a part of the state, so that
+        sums are rounded alike after it.
+        """
         start = time.perf_counter()
         seeds = derive_seeds(self.seed, self.epoch, n=self.steps + 1)
         rank = distributed.rank()
         own_seeds = derive_seeds(self.seed, self.epoch, rank, n=self.steps + 1) if rank else seeds
-        order = {"first": self.step, "rank": rank, "world": distributed.world()}
-        recent: list[tuple] = []  # of steps not yet counted: counting many at once keeps a step short
-        seen = self.seen
+        world = distributed.world()
+        order = {"first": self.step, "rank": rank, "world": world}
+        seen = self.seen_at(self.step - len(self._recent))
         self.model.train()
         for images, index in batches(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
-            recent.append(self._step(images, index, seeds[self.step + 1], own_seeds[self.step + 1]))
+            self._recent.append(self._step(images, index, seeds[self.step + 1], own_seeds[self.step + 1]))
             self.step += 1
+            stopped = stop is not None and stop()
             if self.step % CHECK_EVERY and self.step < self.steps:
+                if stopped and world == 1:
+                    self.seconds += time.perf_counter() - start
+                    return True
                 continue
-            stopped = self._count(recent, stop)
-            recent.clear()
+            stopped = self._count(stopped)
             before, seen = seen, self.seen
             now = time.perf_counter()
             self.seconds, start = self.seconds + now - start, now
@@ -281,14 +302,15 @@ class Training:
         if self.scaler:
             self.scaler.update()
 
-    def _count(self, recent: list[tuple], stop: Callable[[], bool] | None) -> bool:
-        """Add what _step returned, of several steps and all processes, to the sums. Returns whether any is to stop."""
-        means, sizes, logits, labels, indices, losses = zip(*recent, strict=True)
+    def _count(self, stopped: bool) -> bool:
+        """Add the recent steps of all processes to the sums. Returns whether any process is to stop."""
+        means, sizes, logits, labels, indices, losses = zip(*self._recent, strict=True)
+        self._recent = []
         index = torch.cat(indices)
         loss = (torch.stack(means).cpu().double() * torch.tensor(sizes, dtype=torch.double)).sum().item()
         hits = torch.cat(logits).argmax(1) == torch.cat(labels)
         correct = (hits * self.image_weights[index]).sum().item()
-        loss, correct, asked = distributed.add_up(loss, correct, stop is not None and stop())
+        loss, correct, asked = distributed.add_up(loss, correct, stopped)
         self.loss += loss
         self.correct += correct
         if self.recipe.prune:
@@ -305,6 +327,7 @@ class Training:
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "scaler": self.scaler and self.scaler.state_dict(),
             "images": [self.image_losses, self.image_weights] if self.recipe.prune else None,
+            "recent": [[loss, logits, index, losses] for loss, _, logits, _, index, losses in self._recent],
             **{key: getattr(self, key) for key in COUNTERS},
         }
 
@@ -324,19 +347,34 @@ class Training:
             self._weigh(self.image_weights.copy_(weights))
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
+        self._recent = [] if distributed.rank() else [self._uncounted(*kept) for kept in state["recent"]]
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
         if not (in_the_run and np.isfinite([self.loss, self.seconds]).all()):
             raise ValueError("its place lies outside of the run")
 
+    def _uncounted(
+        self, loss: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, losses: torch.Tensor | None
+    ) -> tuple:
+        """Return what _step returned in a single process, from what state_dict holds of it."""
+        n, place = len(index), self.train.labels.device
+        if loss.dim() or logits.shape != (n, len(CLASSES)) or (losses is not None) != (self.recipe.prune > 0):
+            raise ValueError("the steps not yet counted have another layout")
+        index = index.to(place)
+        kept = None if losses is None else losses.to(place).reshape(n)
+        return loss.to(place), n, logits.to(place), self.train.labels[index], index, kept
+
 
 def _load_optimizer(optimizer: Any, own: dict) -> None:
-    """Load an optimiser's state, once its tensors have the expected layout: the fused kernels do not check it."""
+    """Load an optimiser's state, once its tensors have the expected layout: the fused kernels do not check it.
+
+    A parameter that has never had a gradient has no state.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    expected = [
-        {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
-        for parameter in parameters
-    ]
-    if {n: {k: _layout(t) for k, t in own[n].items()} for n in own} != dict(enumerate(expected)):
+    expected = {
+        number: {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
+        for number, parameter in enumerate(parameters)
+    }
+    if any({k: _layout(t) for k, t in own[n].items()} != expected.get(n) for n in own):
         raise ValueError("the optimiser's tensors have another layout")
     optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -365,12 +403,19 @@ def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> torch.Tensor:
-    """Compute the logits float32 (n, 10), on the CPU, in the split's order, with the model in evaluation mode."""
+def predict_logits(
+    model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH, stop: Callable[[], bool] | None = None
+) -> torch.Tensor:
+    """Compute the logits float32 (n, 10), on the CPU, in the split's order, with the model in evaluation mode.
+
+    Raises Stopped once stop() is true; not among several processes, none of which may leave the others waiting.
+    """
     model.eval()
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
     for number, (images, _) in enumerate(batches(split, batch_size)):
+        if world == 1 and stop is not None and stop():
+            raise Stopped
         if number % world == rank:
             start = number * batch_size
             logits[start : start + batch_size] = model(normalise(images))

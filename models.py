@@ -7,6 +7,7 @@ logits = model(images)          # float32 (n, 1, 28, 28) -> (n, 10)
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 
 class MLP(nn.Module):
@@ -118,8 +119,16 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def build(name: str) -> nn.Module:
-    """Build a freshly initialised model, in channels_last, which the kernels of CPUs and GPUs prefer."""
-    return MODELS[name]().to(memory_format=torch.channels_last)
+    """Build a freshly initialised model, in channels_last, which the kernels of CPUs and GPUs prefer.
+
+    Lazy layers get their shapes and weights here, from an image.
+    """
+    model = MODELS[name]()
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 1, 28, 28))
+        model.train()
+    return model.to(memory_format=torch.channels_last)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -4,7 +4,8 @@ optimizers = optim.build_optimizers(model, recipe)
 optim.set_rates(optimizers, optim.rate(recipe, step, steps))
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,27 @@ MATRIX_SIDE = 32
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c, tuned by Jordan for the steepest rise from 0
 NEWTON_SCHULZ_STEPS = 3  # enough here, as in cifar10-airbench; Jordan takes 5
-NATIVE_BFLOAT16 = bool(  # whether this processor multiplies bfloat16 natively; if not, PyTorch emulates it slowly
-    {("avx512_bf16", True), ("amx_bf16", True)} & torch.cpu.get_capabilities().items()
-)
+WITHOUT_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")  # of oneDNN
 NORM_EPS = 1e-14  # of a gradient that is zero
+
+
+def multiplies_bfloat16(capabilities: Mapping[str, Any], environment: Mapping[str, str], onednn: bool) -> bool:
+    """Say whether PyTorch multiplies bfloat16 natively on a processor; if not, it emulates it slowly.
+
+    capabilities: of torch.cpu.get_capabilities. onednn: whether PyTorch uses oneDNN, which does the multiplication.
+    ONEDNN_MAX_CPU_ISA, or its older name, can forbid oneDNN the instructions that the processor has; oneDNN ignores
+    values that it does not know. ATEN_CPU_CAPABILITY does not concern it.
+    """
+    highest = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or ""
+    has = any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16"))
+    return onednn and has and highest.lower() not in WITHOUT_BFLOAT16
+
+
+NATIVE_BFLOAT16 = multiplies_bfloat16(
+    torch.cpu.get_capabilities(),
+    os.environ,
+    torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled),
+)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -50,6 +68,8 @@ class FusedAdam(Optimizer):
         """Update all parameters that have a gradient."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:  # all are frozen or unused in this step
+            return
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
@@ -91,10 +111,12 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update all weights."""
+        """Update all weights that have a gradient."""
         for group in self.param_groups:
             lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             for weight in group["params"]:
+                if weight.grad is None:
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
@@ -142,6 +164,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[Any]:
     """Build the optimisers of a recipe: FusedAdam, or Muon and FusedAdam. Each parameter is in one of them.
 
+    One that would have no parameter is left out.
+
     Raises UserError for another optimiser, and for values that Adam does not use.
     """
     if recipe.optimizer == "adam":
@@ -152,11 +176,12 @@ def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[Any]:
         raise UserError(f"recipes.py: optimizer {recipe.optimizer!r} is not in optim.py, which has adam and muon")
     matrices = [weight for weight in model.parameters() if weight.ndim > 1 and _smaller_side(weight) >= MATRIX_SIDE]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    return [Muon(matrices, recipe.muon_lr, recipe.weight_decay), FusedAdam(others, recipe.lr)]
+    muon = [Muon(matrices, recipe.muon_lr, recipe.weight_decay)] if matrices else []
+    return muon + ([FusedAdam(others, recipe.lr)] if others else [])
 
 
 def _smaller_side(weight: torch.Tensor) -> int:
-    return min(len(weight), weight[0].numel())
+    return min(weight.flatten(1).shape)
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:

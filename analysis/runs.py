@@ -3,6 +3,7 @@
 rows = runs.collect([Path("runs")])    # plain values, fit for JSON
 """
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,12 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 import metrics
 import models
 import recipes
+from analysis import alike
 from runtime import cli, sources
 from runtime.errors import UserError
 
@@ -28,7 +32,7 @@ class Run(NamedTuple):
     seed: int
     flags: dict[str, Any]  # in today's form
     data: str  # name of the data set
-    setting: str  # all that must be equal for two runs to share a row, as JSON
+    facts: dict[str, Any]  # all that must be equal for two runs to share a row
     accuracy: float  # on the test set
     seconds: float  # of training
     cores: int
@@ -37,19 +41,38 @@ class Run(NamedTuple):
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Return a row for each way of training, from the finished runs in the folders and one level below.
 
-    Runs share a row if everything but the seed is equal: model, flags, teachers, data. The rows are in the order of
-    models, recipes and selections. Runs that cannot be compared are skipped, with a notice.
+    Runs share a row if everything but the seed is equal: model and its code, flags, teachers, data, and the number of
+    processes where it matters. The rows are in the order of models, recipes and selections; those of one model, recipe
+    and selection have "differs". Runs that cannot be compared are skipped, with a notice.
     Raises UserError where a folder has no finished run, where no run can be compared, or where a file is no history.
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in _known(_finished(folders)):
-        seeds = groups.setdefault(run.setting, {})
+        seeds = groups.setdefault(alike.key(run.facts), {})
         if run.seed in seeds:
             first = cli.shown(seeds[run.seed].path)
             _notice(f"{cli.shown(run.path)} skipped: {first} is a run of the same flags and seed")
         else:
             seeds[run.seed] = run
-    return [describe(list(seeds.values())) for seeds in sorted(groups.values(), key=_place)]
+    rows = [list(seeds.values()) for seeds in sorted(groups.values(), key=_place)]
+    return [describe(row, differs) for row, differs in zip(rows, _differences(rows), strict=True)]
+
+
+def _differences(rows: Sequence[Sequence[Run]]) -> list[str]:
+    """Say in what each row differs from the others of its model, recipe and selection, beside what a row always shows.
+
+    A row always shows its epochs, its data's name, and what changed() finds.
+    """
+    names = [""] * len(rows)
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for number, (run, *_) in enumerate(rows):
+        kinds.setdefault((run.model, run.flags["recipe"], run.flags["select"]), []).append(number)
+    for numbers in kinds.values():
+        firsts = [rows[number][0] for number in numbers]
+        shown = {"epochs", "data", *(key for run in firsts for key in changed(run.model, run.flags))}
+        for number, differs in zip(numbers, alike.differences([run.facts for run in firsts], shown), strict=True):
+            names[number] = differs
+    return names
 
 
 def _finished(folders: Sequence[Path]) -> list[Run]:
@@ -79,7 +102,7 @@ def _read(path: Path) -> Run | None:
             seed=history["seed"],
             flags=flags,
             data=history["data"],
-            setting=_setting(history, flags),
+            facts=_facts(history, flags),
             accuracy=float(history["test"]["accuracy"]),
             seconds=sum(float(epoch["seconds"]) for epoch in history["epochs"]),
             cores=max(part.get("threads", 0) for part in parts),
@@ -88,26 +111,29 @@ def _read(path: Path) -> Run | None:
         raise UserError(f"{cli.shown(path)} is no history of a run of train.py") from None
 
 
-def _setting(history: dict[str, Any], flags: dict[str, Any]) -> str:
-    """Write down all that two runs of one row have in common."""
-    facts = {
+def _facts(history: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Collect all that two runs of one row have in common."""
+    codes = [history.get("code"), *(each["code"] for each in history.get("resumed", []) if "code" in each)]
+    return alike.facts(flags, history) | {
+        "code": codes if len(codes) > 1 else codes[0],  # it was edited while the run was interrupted
         "model": history["model"],
-        "flags": recipes.setting(flags),
-        "data": history["data"],
         "classes": list(history.get("classes", sources.CLASSES)),  # old histories are all of Fashion-MNIST's classes
-        "images": [history["train_images"], history["select_images"]],
+        "train_images": history["train_images"],
+        "select_images": history["select_images"],
+        "processes": history.get("processes", 1),
     }
-    return json.dumps(facts, sort_keys=True)
 
 
 def _known(runs: Iterable[Run]) -> list[Run]:
     """Keep the runs whose model and recipe are still in models.py and recipes.py; name the others in one notice."""
     known, missing = [], set()
+    normalises = functools.cache(_has_batch_norm)
     for run in runs:
         name = run.flags["recipe"]
         rows = recipes.RECIPES.get(name, {})
         if run.model in models.MODELS and (run.model in rows or recipes.FALLBACK in rows):
-            known.append(run)
+            processes = run.facts["processes"] if normalises(run.model) else None
+            known.append(run._replace(facts=run.facts | {"processes": processes}))
         else:
             missing.add(f"{run.model} by {name}")
     names = ", ".join(sorted(missing))
@@ -118,6 +144,11 @@ def _known(runs: Iterable[Run]) -> list[Run]:
     return known
 
 
+def _has_batch_norm(model: str) -> bool:
+    """Say whether a model normalises over a batch: then the result depends on how many processes shared it."""
+    return any(isinstance(module, _BatchNorm) for module in models.build(model).modules())
+
+
 def _place(seeds: dict[int, Run]) -> list[int]:
     """Return the place of a row in the order of models.py and recipes.py."""
     run = next(iter(seeds.values()))
@@ -126,8 +157,8 @@ def _place(seeds: dict[int, Run]) -> list[int]:
     return [order.index(name) for order, name in zip(orders, names, strict=True)]
 
 
-def describe(runs: Sequence[Run]) -> dict[str, Any]:
-    """Describe runs that differ in their seed alone as one row.
+def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
+    """Describe runs that differ in their seed alone as one row; differs: from other rows of its kind, in words.
 
     Seconds are the median of the runs with the most cores, since runs that were trained side by side had fewer each.
     Several runs have "sd" and "ci95", the interval of the mean. "published" is the published accuracy, where the row
@@ -155,6 +186,7 @@ def describe(runs: Sequence[Run]) -> dict[str, Any]:
         "command": command(model, flags),
         "changed": changed(model, flags),
     }
+    row |= {"differs": differs} if differs else {}
     return row | ({"sd": stdev(accuracies), "ci95": metrics.mean_interval(accuracies)} if len(runs) > 1 else {})
 
 

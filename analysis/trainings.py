@@ -30,8 +30,8 @@ import models
 import recipes
 import training.run
 from analysis import corruptions, explain, mistakes
-from analysis.code_key import code_key
 from runtime import cli, device, files
+from runtime.code_key import code_key
 from runtime.errors import UserError
 from training.record import history_of
 
@@ -96,7 +96,7 @@ class Results:
         if self._path(name).exists():
             return
         if not importlib.util.find_spec("openTSNE"):
-            print("no map: it needs the package openTSNE: pip install -r requirements-optional.txt", file=sys.stderr)
+            print(f"no map: it needs the package openTSNE: {cli.install()}", file=sys.stderr)
             return
         print("deep: a map of the features, in a minute or two", flush=True)
         places = np.rint(explain.layout(features) * 100).astype(int)
@@ -176,19 +176,18 @@ def fold_indices(n: int) -> list[np.ndarray]:
 # --- doing them ------------------------------------------------------------------------------------------
 
 
-def run(
-    folder: str | Path, train: data.Split, test: data.Split, data_dir: str | None = None, device_name: str = "auto"
-) -> int:
+def run(folder: str | Path, train: data.Split, test: data.Split, device_name: str = "auto", **where: Any) -> int:
     """Do every training that has no result yet, and print the progress.
 
-    folder: where the results are, with a folder for each data set; train: the split "train+val"; data_dir: where the
-    splits are from. Returns 0, or the exit code of an interruption; then the same call resumes the training.
+    folder: where the results are, with a folder for each data set; train: the split "train+val"; where: the
+    data_dir and other_data of data.load that gave the splits. Returns 0, or the exit code of an interruption; then the
+    same call resumes the training.
     """
     results, every = Results(folder, data.fingerprint(train, test)), jobs()
     results.folder.mkdir(parents=True, exist_ok=True)
     left = [(name, key) for name, key in every.items() if not results.read(name, key)]
     print(f"deep: {len(every) - len(left)} of {len(every)} trainings are in {cli.shown(results.folder)}", flush=True)
-    trainer, pace = _Trainer(results.folder / "checkpoints", train, test, data_dir, device_name), _Pace()
+    trainer, pace = _Trainer(results.folder / "checkpoints", train, test, device_name, where), _Pace()
     for number, (name, key) in enumerate(left):
         place = len(every) - len(left) + number + 1
         remaining = pace.remaining(key for _, key in left[number:])
@@ -227,14 +226,14 @@ class _Pace:
 class _Trainer:
     """Trains as train.py does, each training in a separate folder, and measures what the analysis needs."""
 
-    def __init__(self, folder: Path, train: data.Split, test: data.Split, data_dir: str | None, device_name: str):
-        self.folder, self.train, self.test, self.data_dir = folder, train, test, data_dir
+    def __init__(self, folder: Path, train: data.Split, test: data.Split, device_name: str, where: dict[str, Any]):
+        self.folder, self.train, self.test, self.where = folder, train, test, where
         self.device_name = device_name
         self.device = device.pick_device(device_name)
 
     def train_seed(self, name: str, key: Key) -> Result:
         """Train on the whole set, and measure the model on the test images and on harder ones."""
-        model, result = self._train(name, key, self.data_dir)
+        model, result = self._train(name, key, self.where)
         test = self.test
         logits = engine.predict_logits(model, test.to(self.device))
         measured, chances = metrics.evaluate(logits, test.labels, test.classes), metrics.probabilities(logits)
@@ -265,7 +264,7 @@ class _Trainer:
         folder, classes = self._folder(name, key) / "data", self.test.classes
         sets = {"train": (images[others], labels[others]), "t10k": (images[index], labels[index])}
         data.write(folder, sets, None if classes == data.CLASSES else classes)
-        model, result = self._train(name, key, str(folder))
+        model, result = self._train(name, key, {"data_dir": folder})
         held_out = data.Split(name, images[index], labels[index], self.test.source, classes)
         logits = engine.predict_logits(model, held_out.to(self.device))
         probabilities = logits.double().softmax(1).mul(PROBABILITY).round().long()
@@ -280,7 +279,7 @@ class _Trainer:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.folder / f"{name}-{digest[:8]}"
 
-    def _train(self, name: str, key: Key, data_dir: str | None) -> tuple[nn.Module, Result]:
+    def _train(self, name: str, key: Key, where: dict[str, Any]) -> tuple[nn.Module, Result]:
         """Train, or resume the training. Returns the model, on the device, and facts about the run."""
         folder = self._folder(name, key)
         folder.mkdir(parents=True, exist_ok=True)
@@ -291,8 +290,8 @@ class _Trainer:
             seed=key["seed"],
             checkpoint_dir=folder,
             resume=True,
-            data_dir=data_dir,
             device=self.device_name,
+            **where,
         )
         if code := training.run.run(request):
             raise Stopped(code)

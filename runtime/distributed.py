@@ -73,14 +73,27 @@ def wrap(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
     """Make the model average its gradients over all processes; images are any that it takes.
 
     DistributedDataParallel sorts gradients into other buckets after its first step, and sums are then rounded in
-    another order. That first step is taken here, without effect, so that a resumed run equals an uninterrupted one.
+    another order. That first step is taken here, without effect, so that a resumed run equals an uninterrupted one. It
+    must also know whether the loss leaves parameters unused.
     """
     if world() == 1:
         return model
-    network = DistributedDataParallel(model)
+    model.eval()  # without an effect on running statistics either
+    model(images).sum().backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    network = DistributedDataParallel(model, find_unused_parameters=unused)
     network(images).sum().backward()
     model.zero_grad()
+    model.train()
     return network
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give the model of every process the buffers of the first one's, such as batch norm's running statistics."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def add_up(*numbers: float) -> list[float]:

@@ -7,12 +7,14 @@ from statistics import median
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, assert_one_line_error, run_script
 from scipy.stats import t
 
 import compare
 import models
 import recipes
+from analysis import plots
 from analysis import runs as comparison
 from runtime.sources import NAME
 
@@ -86,15 +88,21 @@ def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
     ("flags", "changes", "column"),
     [
         ({"lr": 0.002}, {}, "--lr 0.002"),
+        ({"lr": 0.002}, {}, "| published, 3 epochs, on sample, lr 0.002 |"),
         ({"batch_size": 128}, {}, "`--model mlp --epochs 3`"),
+        ({"batch_size": 128}, {}, ", batch size 128 |"),
         ({"precision": "bfloat16"}, {}, "--precision bfloat16"),
         ({"deterministic": True}, {}, "--deterministic"),
         ({"select": "last"}, {}, "--select last"),
         ({"epochs": 4}, {}, "| published, 4 epochs, on sample |"),
         ({"weight_decay": 0.1}, {}, "| published, 3 epochs, weight_decay 0.1, on sample |"),
         ({}, {"data": "others"}, ", on others |"),
-        ({}, {"train_images": 900}, ""),
-        ({}, {"classes": list("abcdefghij")}, ""),
+        ({}, {"train_images": 900}, ", training images 900 |"),
+        ({}, {"classes": list("abcdefghij")}, ", classes a/b/c/d/e/f/g/h/i/j |"),
+        ({}, {"data_sha256": "0123456789" * 6}, ", images 01234567 |"),
+        ({}, {"data_sha256": None}, ", images not recorded |"),
+        ({}, {"code": "fedcba9876543210"}, ", code fedcba98 |"),
+        ({}, {"resumed": [{"epoch": 2, "step": 0, "code": "fedcba9876543210"}]}, "/fedcba98 |"),
     ],
 )
 def test_runs_that_differ_in_anything_else_are_other_rows(flags, changes, column, trained, runs):
@@ -105,6 +113,21 @@ def test_runs_that_differ_in_anything_else_are_other_rows(flags, changes, column
         line for line, row in zip(compare.markdown(rows).splitlines()[2:], rows, strict=True) if row["seeds"] == [3]
     ]
     assert column in other
+    names = [line.split("|")[1] for line in compare.brief(rows).splitlines()[2:]]
+    assert len({*names, *plots._row_names(rows)}) == 4  # no two rows look alike
+    again = {row["seeds"][0]: row["differs"] for row in rows if "differs" in row}
+    assert not again or again[0] != again[3]
+
+
+def test_the_number_of_processes_matters_to_batch_norm_alone(trained, tmp_path, monkeypatch):
+    norm = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
+    monkeypatch.setitem(models.MODELS, "norm", lambda: norm)
+    for seed in (0, 1):
+        for name in ("mlp", "norm"):
+            copy_run(trained, tmp_path / f"{name}-{seed}", "mlp", name=name, seed=seed, processes=1 + seed)
+    rows = compare.collect(tmp_path)
+    assert [(row["model"], row["seeds"]) for row in rows] == [("mlp", [0, 1]), ("norm", [0]), ("norm", [1])]
+    assert [row["differs"] for row in rows[1:]] == ["processes 1", "processes 2"]
 
 
 def test_a_teacher_is_its_weights_and_not_the_name_of_its_file(trained, tmp_path):

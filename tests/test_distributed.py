@@ -14,7 +14,11 @@ import pytest
 import torch
 from conftest import SAMPLE, start_fork, start_training
 
+import checkpoint
 import data
+import engine
+import metrics
+import models
 
 PROCESSES = 2
 FLAGS = ["--model", "cnn", "--epochs", 5, "--batch-size", 33]
@@ -200,10 +204,41 @@ def test_a_stop_of_all_is_one_clean_save(tmp_path, uninterrupted):
     agent.terminate()
     ended(agent)
     said = log.read_text()
-    assert re.search(r"interrupted .*, and saved; .*: torchrun --nproc-per-node=2 train.py --model cnn --resume", said)
+    torchrun = r"(torchrun|python -m torch\.distributed\.run)"
+    assert re.search(rf"interrupted .*, and saved; .*{torchrun} --nproc-per-node=2 train.py --model cnn --resume", said)
     run(PROCESSES, tmp_path / "run", "--model", "cnn", "--resume")
     assert "resumed" in log.read_text()
     assert same(tmp_path / "run", uninterrupted)
+
+
+def add_a_model():
+    """One with running statistics, a layer that it does not use, and a buffer of bool."""
+    import torch
+    from torch import nn
+
+    import models
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.BatchNorm1d(40), nn.Linear(40, 10))
+            self.unused = nn.Linear(40, 40)
+            self.register_buffer("kept", torch.ones(10, dtype=torch.bool))
+
+        def forward(self, images):
+            return self.layers(images) * self.kept
+
+    models.MODELS["norm"] = Norm
+
+
+def test_all_processes_evaluate_with_the_running_statistics_of_the_file(tmp_path, sample, monkeypatch):
+    (row,) = run(2, tmp_path / "run", "--model", "norm", "--epochs", 1, "--select", "test", before=add_a_model)
+    monkeypatch.setattr(models, "MODELS", models.MODELS.copy())
+    add_a_model()
+    model, _ = checkpoint.load(tmp_path / "run" / "best_norm_fmnist.pt")
+    figures = metrics.measure(engine.predict_logits(model, sample["test"]), sample["test"].labels)  # in two batches
+    assert row["select_loss"] == pytest.approx(figures["log_loss"], rel=1e-5)
+    assert model.layers[2].num_batches_tracked == 8  # the steps alone
 
 
 @pytest.mark.parametrize("flags", [["--model", "vit"], ["--epochs", "0"], ["--model", "mlp", "--lr", "1e30"]])

@@ -75,6 +75,31 @@ def test_a_residual_network_learns_and_resumes_to_the_same_bits(sample):
     assert metrics.accuracy(logits, sample["val"].labels) > 0.5
 
 
+@pytest.mark.parametrize("changes", [{}, {"prune": 0.5}], ids=["published", "pruned"])
+def test_a_run_can_be_stopped_after_any_step_and_in_an_evaluation_and_resumes_to_the_same_bits(sample, changes):
+    recipe = recipes.find("published", "mlp")._replace(epochs=3, batch_size=16, **changes)
+
+    def begin():
+        torch.manual_seed(0)
+        return engine.Training(models.build("mlp"), sample["train"], sample["train+val"], recipe, seed=0)
+
+    def without_times(rows):
+        return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+    whole, rows, states, places = begin(), [], [], []
+    expected = list(whole.run())
+    for looks in (1, 24, 30, 1, 5, 9, 1000):  # how often each process is not yet asked to stop
+        resumed, left = begin(), iter(range(looks))
+        if states:
+            resumed.load_state_dict(states[-1])
+        rows += resumed.run(stop=lambda left=left: next(left, None) is None)
+        states.append(copy.deepcopy(resumed.state_dict()))
+        places.append((resumed.epoch, resumed.step))
+    assert places == [(1, 2), (1, 27), (1, 58), (1, 58), (2, 2), (2, 12), (4, 0)]  # twice in the evaluation
+    assert_same_bits(whole.model, resumed.model)
+    assert without_times(rows) == without_times(expected)
+
+
 def test_easy_images_are_left_out_and_the_others_count_for_them():
     losses = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 4  # 0.2 in the mean, most of them below
     easy = losses < losses.mean()

@@ -60,7 +60,7 @@ def test_a_model_is_a_class_and_a_line(clone):
     assert "15,770 parameters" in printed
     assert "15,770 parameters" in WALKS["A model"]
     assert re.search(r"recipe published for tiny.*row for cnn", printed)
-    assert re.search(r"best_tiny_fmnist\.pt +tiny +\d+\.\d\d%", printed)
+    assert re.search(r"best_tiny_fmnist\.pt: tiny\n(.*\n)+ 1 +\d+\.\d\d%", printed)
     assert history(clone, "tiny")["flags"]["recipe"] == "published"
 
 

@@ -57,6 +57,17 @@ def test_outputs_and_gradients_are_those_of_the_published_order_to_the_bit(name,
         assert torch.equal(ours, theirs)
 
 
+def test_a_lazy_layer_gets_its_weights_when_the_model_is_built(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "lazy", lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)))
+    built = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        built.append(models.build("lazy"))
+    assert models.count_parameters(built[0]) == 7850
+    assert torch.equal(built[0][1].weight, built[1][1].weight)
+    assert built[0].training
+
+
 def test_dropout_is_off_in_evaluation(sample):
     model = models.build("cnn").eval()
     images, _ = next(data.batches(sample["test"], 8))

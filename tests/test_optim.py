@@ -1,7 +1,12 @@
 """optim.py: Adam is PyTorch's, Muon is Muon, the learning rates rise and fall."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import engine
@@ -83,6 +88,58 @@ def test_muon_changes_a_convolution_whatever_its_memory_format(sample):
         optim.Muon([model.conv2.weight], lr=0.1).step()
         ends.append(model.conv2.weight.detach().contiguous())
     torch.testing.assert_close(ends[0], ends[1], atol=1e-3, rtol=0.02)
+
+
+def test_a_large_matrix_without_a_gradient_is_left_as_it_is():
+    """As of a layer that is frozen, or that a step does not use; also where there is no other."""
+    weights = [torch.nn.Parameter(torch.ones(40, 40)), torch.nn.Parameter(torch.ones(4))]
+    for optimizer in (optim.Muon(weights[:1], 0.1, weight_decay=0.1), optim.FusedAdam(weights, 0.1)):
+        optimizer.step()
+        assert not optimizer.state_dict()["state"]
+    assert all((weight == 1).all() for weight in weights)
+    recipe = recipes.Recipe(epochs=1, optimizer="muon", muon_lr=0.1)
+    kinds = [type(each) for each in optim.build_optimizers(torch.nn.Linear(20, 10), recipe)]
+    assert kinds == [optim.FusedAdam]
+    assert [type(each) for each in optim.build_optimizers(torch.nn.Linear(40, 40, bias=False), recipe)] == [optim.Muon]
+
+
+BF16, AMX, OLD = {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": True}, {"avx2": True, "avx512_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "environment", "onednn", "expected"),
+    [
+        (BF16, {}, True, True),
+        (AMX, {}, True, True),
+        (OLD, {}, True, False),
+        ({}, {}, True, False),  # another architecture
+        (BF16, {}, False, False),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, True, False),
+        (AMX, {"DNNL_MAX_CPU_ISA": "avx512_core_vnni"}, True, False),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True, True),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX", "DNNL_MAX_CPU_ISA": "AVX2"}, True, True),  # the first counts
+        (OLD, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, False),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True, True),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": ""}, True, True),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "no such name"}, True, True),
+        (AMX, {"ATEN_CPU_CAPABILITY": "avx2"}, True, True),
+    ],
+)
+def test_bfloat16_is_native_where_onednn_may_use_it(capabilities, environment, onednn, expected):
+    assert optim.multiplies_bfloat16(capabilities, environment, onednn) is expected
+
+
+def test_onednn_limited_to_avx2_multiplies_no_bfloat16_natively():
+    """PyTorch itself then does it, and oneDNN has nothing to report."""
+    code = (
+        "import optim, torch; print(optim.NATIVE_BFLOAT16)\n"
+        "torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "1"}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("False\n")
+    assert "matmul" not in said
 
 
 def test_the_learning_rate_is_constant_as_published_or_a_triangle():

@@ -14,6 +14,7 @@ from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
 from PIL import Image
 
 import data
+from runtime import cli
 
 ANIMALS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jackdaw & co")
 
@@ -55,7 +56,7 @@ def mine(pictures, tmp_path_factory):
     assert train == "train: 600 pictures: 600 taken as they are (28x28, grey, on black)"
     assert "201 pictures: 1 converted as predict.py does, 200 taken" in test
     assert made.endswith(", ".join(ANIMALS))
-    assert following == f"next: python train.py --model cnn --data-dir '{folder}' --checkpoint-dir again/own"
+    assert following == f"next: {cli.python()} train.py --model cnn --data-dir '{folder}' --checkpoint-dir again/own"
     return folder
 
 

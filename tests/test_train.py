@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, run_script, start_training, stop_training
+from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script, start_training, stop_training
 
 import checkpoint
 import data
@@ -28,6 +30,8 @@ import models
 import recipes
 from runtime import cli, device
 from runtime.errors import UserError
+from training import record
+from training import run as training_run
 from training.record import history_of
 
 
@@ -89,7 +93,26 @@ def test_a_bar_with_loss_accuracy_speed_and_eta_in_a_terminal(tmp_path):
     os.close(theirs)
     os.close(ours)
     assert process.exitcode == 0
-    assert re.search(r"epoch 5/5  loss \d\.\d{4}  acc \d\d\.\d\d% \|.*\|.*images/s  ETA 00:00", seen.decode())
+    assert re.search(r"epoch 5/5  loss \d\.\d{4}  acc \d\d\.\d\d% \|.*\|.*images/s  ETA 0:00:00", seen.decode())
+
+
+def test_bar_and_table_share_one_estimate_of_the_time_that_is_left(sample, monkeypatch):
+    """Of all seconds of the run, its evaluations and earlier processes too: 2 of 8 epochs took a minute."""
+    recipe = recipes.find("published", "mlp")._replace(epochs=8)
+    training = engine.Training(models.build("mlp"), sample["train"], None, recipe, seed=0)
+    monkeypatch.setattr(training_run.tqdm, "refresh", lambda *_: None)
+    progress = training_run.Progress(training, SimpleNamespace(seconds=60.0), lambda: None, 30)
+    training.epoch, training.step = 2, training.steps
+    progress(0, 1.0, 0.5)
+    left = training_run.remaining(60.0, 2, 8)
+    row = {"epoch": 2, "train_loss": 1.0, "train_accuracy": 0.5, "seconds": 9.0, "images_per_second": 9.0}
+    assert left == "0:03:00"
+    assert progress.bar.bar_format.endswith("ETA 0:03:00")
+    assert training_run.table_line(row, left).endswith(" 0:03:00")
+    training.step //= 2
+    progress(0, 1.0, 0.5)
+    assert progress.bar.bar_format.endswith("ETA 0:04:08")  # 512 of its 920 images
+    progress.close()
 
 
 def test_selection_on_the_test_set_is_explicit_and_labelled(tmp_path):
@@ -252,7 +275,7 @@ def test_ctrl_c_keeps_the_best_epoch_so_far(tmp_path):
     said = log.read_text()
     assert process.exitcode == 130
     assert "Traceback" not in said
-    assert re.search(r"interrupted after epoch \d+, and saved; .* --resume .*python evaluate.py", said)
+    assert re.search(r"interrupted (in|after) epoch \d+.*, and saved; .* --resume .*python evaluate.py", said)
     history = history_of(path)
     assert history["status"] == "interrupted"
     assert history["best_epoch"] == checkpoint.load(path)[1]["epoch"]
@@ -272,7 +295,7 @@ def test_a_run_that_leaves_images_out_resumes_to_the_same_bits(tmp_path):
     stopped = train(tmp_path / "cut", *flags, before=stop_in_the_second_epoch)
     assert stopped.returncode == 143, stopped.stderr
     resumed = train(tmp_path / "cut", "--resume", before=leave_out)
-    assert "resumed in epoch 2, after step 25 of" in resumed.stdout
+    assert "resumed in epoch 2, after step 1 of" in resumed.stdout
     whole, cut = ((tmp_path / folder / "best_mlp_fmnist.pt").read_bytes() for folder in ("whole", "cut"))
     assert whole == cut
 
@@ -284,6 +307,83 @@ def leave_out():
 def stop_in_the_second_epoch():
     leave_out()
     stop_training(lambda training: training.epoch == 2)
+
+
+def slow_steps(seconds):
+    step = engine.Training._step
+    engine.Training._step = lambda *arguments: (time.sleep(seconds), step(*arguments))[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_one_step_and_not_for_many(tmp_path, number):
+    log, flags = tmp_path / "log", ["--model", "mlp", "--batch-size", 16, "--data-dir", SAMPLE]
+    folder = tmp_path / "run"
+    process = start_training(log, *flags, "--checkpoint-dir", folder, before=partial(slow_steps, 0.3))
+    while process.is_alive() and not (log.exists() and "epoch train" in log.read_text()):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, number)
+    process.join(60)
+    said = log.read_text()
+    assert process.exitcode == 128 + number
+    assert int(re.search(r"interrupted in epoch 1, after step (\d+) of 58, and saved", said).group(1)) < 20, said
+
+
+def train_in_a_thread(folder):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(training_run.run(request_of(folder))))
+    thread.start()
+    thread.join()
+    return codes
+
+
+def request_of(folder):
+    return training_run.Request("mlp", data_dir=SAMPLE, checkpoint_dir=folder, epochs=1)
+
+
+def test_a_training_runs_in_any_thread(tmp_path, capfd):
+    assert in_a_fork(train_in_a_thread, tmp_path) == [0]
+    assert history_of(tmp_path / "best_mlp_fmnist.pt")["status"] == "finished"
+
+
+def spoil(folder, content):
+    """Replace the checkpoint as soon as the last epoch has been written."""
+    add = record.Record.add_epoch
+
+    def add_and_spoil(*arguments):
+        best = add(*arguments)
+        (folder / "best_mlp_fmnist.pt").write_bytes(content)
+        return best
+
+    record.Record.add_epoch = add_and_spoil
+
+
+def test_what_was_written_is_read_back_before_it_is_announced(tmp_path, trained):
+    other = (trained[0] / "best_mlp_fmnist.pt").read_bytes()
+    for name, content, because in (
+        ("damaged", other[:-999], "damaged"),
+        ("other", other, "was replaced during the run"),
+    ):
+        folder = tmp_path / name
+        finished = train(folder, "--epochs", 1, before=partial(spoil, folder, content))
+        assert_one_line_error(finished, because)
+        assert "is in" not in finished.stdout
+        resumed = train(folder, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "best epoch 1 " in resumed.stdout
+        assert history_of(folder / "best_mlp_fmnist.pt")["test"]["n"] == 500
+        assert content in [path.read_bytes() for path in folder.glob("*.pt")]  # nothing of anybody's is lost
+
+
+def emulate():
+    device.NATIVE_BFLOAT16 = False
+
+
+def test_emulated_bfloat16_works_and_is_said_to_be_slow(tmp_path):
+    finished = train(tmp_path, "--epochs", 1, "--precision", "bfloat16", before=emulate)
+    assert finished.returncode == 0
+    assert finished.stderr == "train.py: cpu emulates bfloat16: --precision float32 is faster here\n"
+    assert train(tmp_path / "auto", "--epochs", 1, "--recipe", "fast", before=emulate).stderr == ""
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -326,9 +426,9 @@ BAD_FLAGS = {
     ("--model", "mlp", "--epochs", "1.5"): "--epochs: '1.5' is not a whole number",
     ("--model", "mlp", "--epochs", "9" * 5000): "--epochs: '9999",
     ("--model", "mlp", "--lr", "0"): "--lr: '0' is not a number above 0",
-    ("--model", "mlp", "--lr", "nan"): "--lr: 'nan' is not a number above 0",
-    ("--model", "mlp", "--lr", "inf"): "--lr: 'inf' is not a number above 0",
-    ("--model", "mlp", "--lr", "fast"): "--lr: 'fast' is not a number above 0",
+    ("--model", "mlp", "--lr", "nan"): "--lr: 'nan' is not a number",
+    ("--model", "mlp", "--lr", "inf"): "--lr: 'inf' is not a number",
+    ("--model", "mlp", "--lr", "fast"): "--lr: 'fast' is not a number",
     ("--model", "mlp", "--batch-size", "0"): "--batch-size: '0' is not a whole number",
     ("--model", "mlp", "--seed", "-1"): "--seed",
     ("--model", "mlp", "--seed", "4294967296"): "--seed: '4294967296' is not a whole number from 0 to 4294967295",

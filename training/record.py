@@ -25,6 +25,7 @@ import recipes
 from data import DataError
 from engine import Training
 from runtime import device as machine
+from runtime.code_key import code_key
 from runtime.errors import UserError
 from runtime.files import file_sha256, write_atomically, write_json
 from runtime.sources import check_classes
@@ -38,6 +39,7 @@ ENVIRONMENT = {  # what the last bits depend on beside flags and data, and of wh
     "kernels": str,
     "versions": dict,
     "git": str | None,
+    "code": str | None,  # a key of the model's code, of runtime/code_key.py
 }
 ORIGIN = {  # what is known of a run when it begins
     "model": str,
@@ -45,6 +47,7 @@ ORIGIN = {  # what is known of a run when it begins
     "seed": int,
     "flags": recipes.FLAGS,
     "data": str,
+    "data_sha256": str | None,  # of the images and labels, of data.fingerprint
     "classes": list,
     "train_images": int,
     "select_images": int,
@@ -73,11 +76,15 @@ STATE = {  # what Record.save writes, where the history is its JSON
         "epoch": int,
         "step": int,
         "images": list | None,
+        "recent": [list],
         "correct": float,
         "loss": float,
         "seconds": float,
     },
 }
+
+
+NEWER = ("code", "data_sha256")  # histories and checkpoints of earlier versions lack these
 
 
 class RunError(UserError):
@@ -97,11 +104,9 @@ class Record:
         self._best_content: bytes | None = None  # the bytes of the best checkpoint
         self._seconds, self._started = 0.0, time.monotonic()
         beginning = {name: list(value) if value == [] else value for name, (_, value) in RESULTS.items()}
-        self.history: dict[str, Any] = {
-            **{name: origin.get(name, "running") for name in ORIGIN},
-            **beginning,
-            "checkpoint": self.path.name,
-        }
+        origin = {name: origin.get(name, "running") for name in ORIGIN}
+        # From JSON, as that of a resumed run: a text that occurs twice is then pickled alike in both checkpoints.
+        self.history: dict[str, Any] = json.loads(json.dumps(origin | beginning | {"checkpoint": self.path.name}))
 
     @property
     def best_epoch(self) -> dict[str, Any] | None:
@@ -138,7 +143,7 @@ class Record:
                 name=history["model"],
                 epoch=row["epoch"],
                 metrics={key: value for key, value in row.items() if key.endswith(("loss", "accuracy"))},
-                **{key: history[key] for key in ("flags", "seed", "data", "classes")},
+                **{key: history[key] for key in ("flags", "seed", "data", "classes", *NEWER)},
             )
             history["checkpoint_sha256"] = write_atomically(self.path, self._best_content)
             history["best_epoch"] = row["epoch"]
@@ -164,10 +169,11 @@ class Record:
         Returns what has changed since of the environment, as {name: (before, now)}.
         """
         before, now = saved["history"], self.history
-        changed = {key: (before[key], now[key]) for key in ENVIRONMENT if before[key] != now[key]}
+        known = [key for key in ENVIRONMENT if key not in NEWER or before[key]]
+        changed = {key: (before[key], now[key]) for key in known if before[key] != now[key]}
         place = {key: saved["training"][key] for key in ("epoch", "step")}
         resumed = [*before["resumed"], place | {key: new for key, (_, new) in changed.items()}]
-        self.history = before | {"status": "running", "resumed": resumed}
+        self.history = before | {"status": "running", "resumed": resumed, "data_sha256": now["data_sha256"]}
         self._seconds, self._started = before["training_seconds"], time.monotonic()
         self.kept = self.path.with_name(saved["kept"]) if saved["kept"] else None
         if not self._is_own():
@@ -225,8 +231,10 @@ class Record:
         """Say whether a checkpoint's description is that of this run."""
         if "flags" not in info:
             return False
+        own = self.history
         info = info | {"flags": recipes.upgrade(info["flags"])}
-        return all(info[key] == self.history[key] for key in ("model", "seed", "flags", "data", "classes"))
+        same_data = None in (info["data_sha256"], own["data_sha256"]) or info["data_sha256"] == own["data_sha256"]
+        return same_data and all(info[key] == own[key] for key in ("model", "seed", "flags", "data", "classes"))
 
 
 def _to_tensor(content: bytes) -> torch.Tensor:
@@ -243,8 +251,8 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} in the history")
 
 
-def environment(device: torch.device, *, processes: int, fused: bool) -> dict[str, Any]:
-    """Describe what the last bits of a run depend on, beside its flags and its data."""
+def environment(model: str, device: torch.device, *, processes: int, fused: bool) -> dict[str, Any]:
+    """Describe what the last bits of a run of a model depend on, beside its flags and its data."""
     return {
         "device": str(device),
         "processes": processes,
@@ -253,6 +261,7 @@ def environment(device: torch.device, *, processes: int, fused: bool) -> dict[st
         "kernels": "fused" if fused else "PyTorch",
         "versions": machine.versions(),
         "git": machine.git_revision(),
+        "code": code_key(model),
     }
 
 
@@ -298,7 +307,8 @@ def load_unfinished(path: str | Path) -> dict[str, Any] | None:
         return None
     saved = checkpoint.read(path)
     try:
-        saved = saved | {"history": json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)}
+        history = dict.fromkeys(NEWER) | json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)
+        saved = saved | {"history": history, "training": {"recent": []} | saved["training"]}
         best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
         whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
         known = saved["history"]["flags"]["recipe"] in recipes.RECIPES

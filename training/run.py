@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import engine
 import metrics
@@ -27,7 +28,8 @@ import models
 import recipes
 from runtime import cli, device, distributed, kernels
 from runtime.errors import UserError, one_line
-from training import distill, record
+from runtime.files import file_sha256
+from training import distill, record, trial
 from training.record import Record, RunError, history_path, unfinished_path
 
 FLAG_OF = {"muon_lr": "--lr", "teachers": "--teacher"}  # where a flag's name differs from the recorded one
@@ -40,6 +42,8 @@ class Request:
     model: str
     recipe: str | None = None
     teacher: tuple[Path, ...] | list[Path] | None = None
+    mean: float | None = None  # of bare state_dicts among the teachers, with std
+    std: float | None = None
     epochs: int | None = None
     lr: float | None = None
     batch_size: int | None = None
@@ -52,6 +56,7 @@ class Request:
     save_every: float = 30.0  # seconds
     tensorboard: Path | None = None
     data_dir: str | Path | None = None
+    other_data: bool = False
     device: str = "auto"
 
     @property
@@ -133,7 +138,7 @@ def _asked_for(request: Request, target: torch.device, begun_recipe: str | None)
         "precision": precision,
         "deterministic": request.deterministic or None,
         "seed": request.seed,
-        "teachers": distill.describe(request.teacher) if request.teacher else None,
+        "teachers": distill.describe(request.teacher or (), request.mean, request.std) or None,
     }
     return {key: value for key, value in asked.items() if value is not None}
 
@@ -172,7 +177,7 @@ def _unfinished(path: Path, saved: dict[str, Any]) -> str:
 def _another_run(key: str, begun: dict[str, Any], asked: dict[str, Any]) -> str:
     flag = FLAG_OF.get(key, "--" + key.replace("_", "-"))
     before, now = (
-        [each["checkpoint"] for each in flags[key]] if key == "teachers" else flags[key] for flags in (begun, asked)
+        [distill.named(each) for each in flags[key]] if key == "teachers" else flags[key] for flags in (begun, asked)
     )
     return f"--resume: {flag} was {before} when this run began, and {now} would make it another run: leave the flag out"
 
@@ -187,6 +192,7 @@ class Run:
         self.request, self.device, self.plan = request, target, plan
         self.recipe = recipes.Recipe(**{key: plan.flags[key] for key in recipes.Recipe._fields})
         self.is_first = distributed.rank() == 0
+        self.signals = cli.StopSignals()
         device.keep_freed_memory()
         if plan.flags["deterministic"]:
             device.make_deterministic()
@@ -195,7 +201,8 @@ class Run:
 
     def _load_data(self) -> None:
         names = ("train", "val", "test") if self.recipe.select == "val" else ("train+val", "test")
-        splits = [split.to(self.device) for split in data.load(*names, data_dir=self.request.data_dir)]
+        found = data.load(*names, data_dir=self.request.data_dir, other_data=self.request.other_data)
+        splits = [split.to(self.device) for split in found]
         self.train, self.test = splits[0], splits[-1]
         # In the published protocol, the test set itself selects.
         self.select = None if self.recipe.select == "last" else splits[1]
@@ -204,10 +211,13 @@ class Run:
     def _build(self) -> None:
         """Build the model, the training and the record, and print what they are."""
         flags, seed = self.plan.flags, self.plan.seed
+        precision = device.pick_precision(flags["precision"], self.device)
+        if precision is torch.bfloat16 and not device.has_bfloat16(self.device):
+            print(f"train.py: {self.device} emulates bfloat16: --precision float32 is faster here", file=sys.stderr)
+        distributed.from_first(lambda: trial.check(self.request.model, self.recipe, self.train, precision))
         torch.manual_seed(*data.derive_seeds(seed))
         self.model = models.build(self.request.model).to(self.device)
         fused = self.device.type == "cpu" and _give_kernels(self.model, self.recipe.fused)
-        precision = device.pick_precision(flags["precision"], self.device)
         teacher = distill.answers(flags["teachers"], self.train, precision) if flags["teachers"] else None
         self.training = engine.Training(
             self.model, self.train, self.select, self.recipe, seed=seed, precision=precision, teacher=teacher
@@ -218,10 +228,11 @@ class Run:
             seed=seed,
             flags=flags,
             data=self.train.source,
+            data_sha256=self.fingerprint(),
             classes=list(self.train.classes),
             train_images=len(self.train.labels),
             select_images=len(self.select.labels) if self.select else 0,
-            **record.environment(self.device, processes=distributed.world(), fused=fused),
+            **record.environment(self.request.model, self.device, processes=distributed.world(), fused=fused),
         )
         print(self._description(), flush=True)
 
@@ -240,13 +251,12 @@ class Run:
         """Train from the start or from the saved state, to the end or to a stop. Returns the exit code."""
         self._resume_or_begin()
         board = Board(self.request.tensorboard, self.record.history) if self.is_first else None
-        progress = Progress(self.training, self.save, self.request.save_every)
+        progress = Progress(self.training, self.record, self.save, self.request.save_every)
         status, repeated = "interrupted", False
-        with cli.StopSignals() as signals:
+        with self.signals:
             try:
-                self._train(progress, board, signals)
-                if self.training.finished:
-                    self._measure()
+                self._train(progress, board)
+                if self.training.finished and self._measure():
                     status = "finished"
                 else:
                     self.save()
@@ -262,7 +272,7 @@ class Run:
         self._print_best()
         if status == "interrupted":
             print(self._interruption(), file=sys.stderr)
-            return signals.code or 128 + signal.SIGTERM  # where the signal reached another process
+            return self.signals.code or 128 + signal.SIGTERM  # where the signal reached another process
         self._print_result(repeated)
         return 0
 
@@ -275,20 +285,34 @@ class Run:
                 name = f"{self.request.path.stem}{kept.suffix}"
                 print(f"the earlier {name} is kept as {cli.shown(kept)}")
 
-    def _train(self, progress: "Progress", board: "Board | None", signals: cli.StopSignals) -> None:
+    def _stopped(self) -> bool:
+        """Say whether a signal has asked to stop."""
+        return self.signals.code is not None
+
+    def _train(self, progress: "Progress", board: "Board | None") -> None:
         """Train epoch by epoch, with a line for each."""
         progress.write(header(self.recipe))
-        for row in self.training.run(progress, stop=lambda: signals.code is not None):
+        for row in self.training.run(progress, self._stopped):
             is_best = self.is_first and self.record.add_epoch(self.model, row)
             best = " best" if is_best and self.select else ""
-            progress.write(table_line(row, self.record.seconds, self.recipe.epochs) + best)
+            left = remaining(self.record.seconds, row["epoch"], self.recipe.epochs)
+            progress.write(table_line(row, left) + best)
             if board:
                 board.write(row)
 
-    def _measure(self) -> None:
-        """Measure the best epoch's weights on the test set, and fit the temperature."""
-        self.model.load_state_dict(distributed.from_first(lambda: self.record.best_weights))
-        logits, labels = engine.predict_logits(self.model, self.test), self.test.labels.cpu()
+    def _measure(self) -> bool:
+        """Measure the best epoch's checkpoint on the test set, and fit the temperature.
+
+        Returns False where a signal stopped it; the run can be resumed, and measures again.
+        """
+        self.model.load_state_dict(distributed.from_first(self._read_back))
+        calibrated = self.select if self.recipe.select == "val" else None  # else no image is left to fit it on
+        try:
+            logits = engine.predict_logits(self.model, self.test, stop=self._stopped)
+            held_out = engine.predict_logits(self.model, calibrated, stop=self._stopped) if calibrated else None
+        except engine.Stopped:
+            return False
+        labels = self.test.labels.cpu()
         figures = metrics.measure(logits, labels)
         interval = metrics.wilson_interval(round(figures["accuracy"] * len(logits)), len(logits))
         self.record.history["test"] = {
@@ -298,9 +322,23 @@ class Run:
             "loss": figures.pop("log_loss"),
             **figures,
         }
-        if self.recipe.select == "val" and self.select:  # otherwise no image is left to fit it on
-            held_out = engine.predict_logits(self.model, self.select)
-            self.record.history["temperature"] = metrics.temperature(held_out, self.select.labels.cpu())
+        if calibrated and held_out is not None:
+            self.record.history["temperature"] = metrics.temperature(held_out, calibrated.labels.cpu())
+        return True
+
+    def _read_back(self) -> dict[str, torch.Tensor]:
+        """Load the weights that this run has written. Where they are gone, it saves itself first: nothing is lost."""
+        path = self.request.path
+        try:
+            model, _ = checkpoint.load(path)
+            if file_sha256(path) != self.record.history["checkpoint_sha256"]:
+                raise RunError(f"{cli.shown(path)} was replaced during the run; --resume writes and measures it again")
+            self.model.load_state_dict(model.state_dict())
+            trial.compare(self.request.model, self.model, model, self.test)
+        except (UserError, OSError):
+            self.save()
+            raise
+        return model.state_dict()
 
     def save(self) -> None:
         """Save the run so that it can be resumed from here."""
@@ -317,7 +355,7 @@ class Run:
             print(f"epoch {best['epoch']} is in {files}")
 
     def _interruption(self) -> str:
-        test = f"; to test what there is: python evaluate.py {cli.shown(self.request.path)}"
+        test = f"; to test what there is: {cli.command('evaluate.py', cli.shown(self.request.path))}"
         return (
             f"interrupted {place(self.training)}, and saved; to continue: {resume_command(self.request)}"
             f"{test if self.record.best_epoch else ''}"
@@ -349,15 +387,17 @@ def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
 class Progress:
     """A bar in a terminal, and a save whenever the next look might come too late for --save-every."""
 
-    def __init__(self, training: engine.Training, save: Any, save_every: float):
-        self.training, self.save, self.save_every = training, save, save_every
+    BAR = "{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA "
+
+    def __init__(self, training: engine.Training, kept: Record, save: Any, save_every: float):
+        self.training, self.record, self.save, self.save_every = training, kept, save, save_every
         n = len(training.train.labels)
         self.bar = tqdm(
             total=training.recipe.epochs * n,
             initial=(training.epoch - 1) * n + training.seen,
             disable=None,  # where stderr is no terminal
             dynamic_ncols=True,
-            bar_format="{desc} |{bar}| {percentage:3.0f}%  {rate_fmt}  ETA {remaining}",
+            bar_format=self.BAR + "?",
             unit=" images",
             unit_scale=True,
         )
@@ -367,7 +407,9 @@ class Progress:
     def __call__(self, images: int, loss: float, accuracy: float) -> None:
         """Show the epoch's figures so far after this many more images, and save if it is time."""
         training = self.training
-        description = f"epoch {training.epoch}/{training.recipe.epochs}  loss {loss:.4f}  acc {accuracy:.2%}"
+        epochs, done = training.recipe.epochs, training.epoch - 1 + training.seen / len(training.train.labels)
+        description = f"epoch {training.epoch}/{epochs}  loss {loss:.4f}  acc {accuracy:.2%}"
+        self.bar.bar_format = self.BAR + remaining(self.record.seconds, done, epochs)
         self.bar.set_description_str(description, refresh=False)
         self.bar.update(images)
         now = time.monotonic()
@@ -449,13 +491,17 @@ def place(training: engine.Training) -> str:
 def resume_command(request: Request) -> str:
     """Return the command that resumes this run, as a user would type it here."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun, on this machine
-    words = ["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]
-    words += ["train.py", "--model", request.model, "--resume"]
+    words = ["--model", request.model, "--resume"]
     if request.checkpoint_dir != cli.CHECKPOINTS:
         words += ["--checkpoint-dir", cli.shown(request.checkpoint_dir)]
     if request.data_dir:
         words += ["--data-dir", str(request.data_dir)]
-    return shlex.join(words)
+    if request.other_data:
+        words += ["--other-data"]
+    if not processes:
+        return cli.command("train.py", *words)
+    torchrun = "torchrun" if cli.python() == "python" else f"{cli.python()} -m torch.distributed.run"
+    return f"{torchrun} {shlex.join([f'--nproc-per-node={processes}', cli.shown(cli.ROOT / 'train.py'), *words])}"
 
 
 def header(recipe: recipes.Recipe) -> str:
@@ -464,11 +510,15 @@ def header(recipe: recipes.Recipe) -> str:
     return f"epoch train loss train acc{selection}   sec images/s     ETA"
 
 
-def table_line(row: dict[str, Any], elapsed: float, epochs: int) -> str:
+def remaining(elapsed: float, done: float, epochs: int) -> str:
+    """Estimate how long a run still takes, as hours:minutes:seconds, after so many seconds and epochs of it."""
+    return str(timedelta(seconds=round(elapsed / done * (epochs - done))))
+
+
+def table_line(row: dict[str, Any], eta: str) -> str:
     """Return an epoch's line of the table."""
-    eta = timedelta(seconds=round(elapsed / row["epoch"] * (epochs - row["epoch"])))
     selection = f" {row['select_loss']:>9.4f} {row['select_accuracy']:>8.2%}" if "select_loss" in row else ""
     return (
         f"{row['epoch']:>5} {row['train_loss']:>10.4f} {row['train_accuracy']:>9.2%}{selection} "
-        f"{row['seconds']:>5.1f} {row['images_per_second']:>8,.0f} {eta!s:>7}"
+        f"{row['seconds']:>5.1f} {row['images_per_second']:>8,.0f} {eta:>7}"
     )

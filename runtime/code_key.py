@@ -15,14 +15,18 @@ import models
 TABLE = "MODELS"  # names every model, so it is not followed
 
 
-def code_key(model: str) -> str:
-    """Compute 16 hexadecimal digits for a model of models.MODELS, the same in every version of Python."""
+def code_key(model: str) -> str | None:
+    """Compute 16 hexadecimal digits for a model of models.MODELS, the same in every version of Python.
+
+    Returns None where the code lies in no file, as that of a class typed into a notebook.
+    """
     built = models.MODELS[model]
     module = inspect.getmodule(built) or models
-    code = [
-        reachable(inspect.getsource(models), "build"),
-        reachable(inspect.getsource(module), getattr(built, "__name__", "")),
-    ]
+    try:
+        sources = inspect.getsource(models), inspect.getsource(module)
+    except (OSError, TypeError):
+        return None
+    code = [reachable(sources[0], "build"), reachable(sources[1], getattr(built, "__name__", ""))]
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
