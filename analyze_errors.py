@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime import cli
+from runtime import cli, files
 from runtime.errors import UserError
 
 MOST_CHECKPOINTS = 5  # that fit into a page of 8 MB
@@ -37,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument(
         "--deep-dir", metavar="DIR", type=Path, default=cli.DEEP, help="where their results are (default: runs/deep)"
     )
+    cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -46,20 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if len(args.checkpoints) > MOST_CHECKPOINTS:
         raise UserError(f"{len(args.checkpoints)} checkpoints are too many: up to {MOST_CHECKPOINTS} are compared")
+    for folder in [args.figures_dir, *([args.deep_dir] if args.deep else [])]:
+        files.check_folder(folder)
     # Imported only now: --help should not wait for PyTorch.
     import checkpoint
     import data
     from analysis import composition, explain, report, trainings
-    from runtime import device, files
+    from runtime import device
     from training.record import history_of
 
     target = device.pick_device(args.device)
-    loaded = [(path, *checkpoint.load(path)) for path in args.checkpoints]
-    args.figures_dir.mkdir(parents=True, exist_ok=True)
-    train, val, test = data.load("train+val", "val", "test", data_dir=args.data_dir)
+    found = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
+    loaded = [(path, *each) for path, each in zip(args.checkpoints, found, strict=True)]
+    train, val, test = data.load("train+val", "val", "test", data_dir=args.data_dir, other_data=args.other_data)
     for path, _, info in loaded:
         checkpoint.check_classes(path, info, test)
-    if args.deep and (code := trainings.run(args.deep_dir, train, test, args.data_dir, args.device)):
+    where = {"data_dir": args.data_dir, "other_data": args.other_data}
+    if args.deep and (code := trainings.run(args.deep_dir, train, test, args.device, **where)):
         print("analyze_errors.py: interrupted; the same command resumes it", file=sys.stderr)
         return code
 
@@ -79,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = report.figures(first, test, history_of(path))
     page = report.page(measured, evidence, numbers, train, test, embedding)
     contents = {**pictures, "report.html": report.render(page), "analysis.json": files.to_json(summary).encode()}
+    args.figures_dir.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         files.write_atomically(args.figures_dir / name, content)
     print_summary(summary, page)

@@ -9,10 +9,12 @@ needs pip install -r requirements-optional.txt. No picture leaves this machine, 
 import argparse
 import importlib.util
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime import cli
+from runtime import cli, files
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["GRADIO_TEMP_DIR"] = str(cli.ROOT / ".cache" / "gradio")
+os.environ.setdefault("GRADIO_TEMP_DIR", str(cli.ROOT / ".cache" / "gradio"))
 
 DEFAULTS = [cli.DEFAULT_CHECKPOINT, cli.CHECKPOINTS / "best_mlp_fmnist.pt"]
 
@@ -39,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=cli.whole_number(1, 65_535), default=7860, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -47,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script."""
     args = parse_args(argv)
     if not importlib.util.find_spec("gradio"):
-        raise UserError("this needs gradio: pip install -r requirements-optional.txt")
+        raise UserError(f"this needs gradio: {cli.install()}")
+    files.check_folder(os.environ["GRADIO_TEMP_DIR"])
+    check_address(args.host, args.port)
     candidates, train, test = load(args)
     print("computing the training images' features, to find those nearest to a picture …", flush=True)
     import gradio  # takes seconds, so after everything that can be wrong
@@ -55,18 +60,30 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import page
 
     built = page.layout(page.Explainer(candidates, train), test)
-    print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
     try:
         built.launch(
             server_name=args.host,
             server_port=args.port,
+            prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )
     except OSError as error:
         raise UserError(f"{error}: choose another --port") from None
+    print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
+    threading.Event().wait()
     return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UserError unless this machine can listen at the address."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host") from None
 
 
 def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]:
@@ -81,13 +98,13 @@ def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]
 
     device = pick_device(args.device)
     candidates, infos = [], []
-    for path in args.checkpoints:
-        model, info = checkpoint.load(path)
+    loaded = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
+    for path, (model, info) in zip(args.checkpoints, loaded, strict=True):
         candidates.append(Candidate(f"{info['model']}, {path.name}", model.to(device), temperature_of(path)))
         infos.append(info)
         if info["classes"] != infos[0]["classes"]:
             raise UserError(f"{cli.shown(path)} and {cli.shown(args.checkpoints[0])} have different classes")
-    train, test = data.load("train+val", "test", data_dir=args.data_dir)
+    train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=args.other_data)
     checkpoint.check_classes(args.checkpoints[0], infos[0], train)
     return candidates, train, test
 

@@ -6,13 +6,16 @@ python evaluate.py A.pt --tta                       # also with the mean answer 
 python evaluate.py --ensemble A.pt B.pt             # also the mean answer of all of them
 """
 
+import textwrap
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
+
+WIDTH = 80  # columns of a terminal
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
@@ -38,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument(
         "--json", metavar="FILE.json", type=cli.file_to_write(".json"), help="write everything measured there"
     )
+    cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -57,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ensemble and len(args.checkpoints) < 2:
         raise UserError("--ensemble needs two checkpoints or more")
     target = device.pick_device(args.device)
-    loaded = [evaluation.load(path) for path in args.checkpoints]
-    (split,) = data.load(args.split, data_dir=args.data_dir)
+    loaded = evaluation.load(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
+    (split,) = data.load(args.split, data_dir=args.data_dir, other_data=args.other_data)
     for each in loaded:
         checkpoint.check_classes(each.path, each.info, split)
     answers = evaluation.answer(loaded, split.to(target), args.tta, args.ensemble)
@@ -80,10 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_one(result: dict[str, Any]) -> None:
     """Print the figures of one checkpoint and of every class."""
     import metrics
+    from checkpoint import normalisation
 
     training = result["training"]
     described = [f"seed {training['seed']}, epoch {training['epoch']}"] if training["epoch"] else []
-    print(f"\n{', '.join([result['checkpoint'] + ': ' + result['model'], *described])}")
+    print(f"\n{one_line(result['checkpoint'])}: {', '.join([result['model'], *described])}")
+    if "normalisation" in result:
+        print(wrapped(f"its input is normalised by {normalisation(result)}"))
     print(f"{result['split']} split of {result['data']}, n = {result['n']:,}")
     low, high = result["accuracy_ci95"]
     for key, metric in metrics.METRICS.items():
@@ -92,7 +99,7 @@ def print_one(result: dict[str, Any]) -> None:
             figure = f"{result[key]:.2%}  (95% interval {low:.2%} to {high:.2%})"
         print(f"  {metric.title:<26}  {figure.rstrip()}")
     if result["caution"]:
-        print(f"  caution: {result['caution']}")
+        print(wrapped(f"  caution: {result['caution']}"))
     width = max(map(len, ("class", *result["per_class"])))
     print(f"\n{'class':<{width}} {'precision':>9} {'recall':>7} {'F1':>7} {'images':>7}")
     for title, row in result["per_class"].items():
@@ -100,39 +107,69 @@ def print_one(result: dict[str, Any]) -> None:
 
 
 def print_several(content: dict[str, Any]) -> None:
-    """Print a line for each result, means of those trained alike, and the comparison of pairs."""
+    """Print a table of the results, means of those trained alike, and the comparison of pairs."""
     import metrics
     from analysis.evaluation import name
+    from checkpoint import normalisation
 
     results = content["checkpoints"]
-    width = max(len(name(result)) for result in results)
-    kind = max(len("model"), *(len(result["model"]) for result in results))
-    others = {key: max(8, len(key)) for key in metrics.METRICS if key != "accuracy"}  # with the widths of their columns
-    head = "  ".join(f"{key.replace('_', ' '):>{wide}}" for key, wide in others.items())
     print(f"\n{results[0]['split']} split of {results[0]['data']}, n = {results[0]['n']:,}\n")
-    print(f"    {'checkpoint':<{width}}  {'model':<{kind}}  accuracy    95% interval   {head}")
     for number, result in enumerate(results, 1):
-        low, high = result["accuracy_ci95"]
-        figures = "  ".join(f"{result[key]:>{wide}.4f}" for key, wide in others.items())
-        print(
-            f"{number:>2}  {name(result):<{width}}  {result['model']:<{kind}}  {result['accuracy']:>8.2%}  "
-            f"{low:.2%} to {high:.2%}  {figures}"
-        )
+        print(f"{number:>2}  {one_line(name(result))}: {result['model']}")
+        if "normalisation" in result:
+            print(wrapped(f"    its input is normalised by {normalisation(result)}"))
+    columns = {
+        "accuracy": [f"{result['accuracy']:.2%}" for result in results],
+        "95% interval": ["{:.2%} to {:.2%}".format(*result["accuracy_ci95"]) for result in results],
+    }
+    for key in metrics.METRICS:
+        if key not in columns:
+            columns[key.replace("_", " ")] = [f"{result[key]:.4f}" for result in results]
+    print_columns(columns)
+    cautions: dict[str, list[str]] = {}
     for number, result in enumerate(results, 1):
         if result["caution"]:
-            print(f"caution, {number}: {result['caution']}")
+            cautions.setdefault(result["caution"], []).append(str(number))
+    for caution, numbers in cautions.items():
+        print(wrapped(f"caution, {', '.join(numbers)}: {caution}"))
     print_means(content["means"])
     print_pairs(content["mcnemar"], len(results))
 
 
+def wrapped(text: str) -> str:
+    """Break a text into lines that fit into WIDTH, without cutting a path."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def print_columns(columns: dict[str, list[str]]) -> None:
+    """Print columns, title to cells, with the rows numbered from 1; those that do not fit into WIDTH follow below."""
+    lines: list[str] = []
+    for title, cells in columns.items():
+        wide = max(map(len, (title, *cells)))
+        column = [f"  {text:>{wide}}" for text in (title, *cells)]
+        if lines and len(lines[0]) + len(column[0]) > WIDTH:
+            print("\n".join(["", *lines]))
+            lines = []
+        lines = lines or ["  ", *(f"{number:>2}" for number in range(1, len(cells) + 1))]
+        lines = [line + part for line, part in zip(lines, column, strict=True)]
+    print("\n".join(["", *lines]))
+
+
 def print_means(means: list[dict[str, Any]]) -> None:
-    """Print the mean accuracies of checkpoints that were trained alike."""
+    """Print the mean accuracies of checkpoints that were trained alike, and which files repeat a seed."""
     for group in means:
         views = f"{group['views']} views, " if group["views"] > 1 else ""
-        print(
-            f"\n{group['model']}, recipe {group['recipe']}, selected on {group['select']}: {views}"
-            f"mean {group['mean_accuracy']:.2%}, standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
-        )
+        differs = f", {group['differs']}" if "differs" in group else ""
+        text = f"{group['model']}, recipe {group['recipe']}, selected on {group['select']}{differs}: {views}"
+        if group["n"] > 1:
+            text += (
+                f"mean {group['mean_accuracy']:.2%}, standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
+            )
+        else:
+            text += "one seed, so no mean"
+        for path in group.get("repeats", []):
+            text += f"; {path} repeats a seed and does not count"
+        print(f"\n{wrapped(one_line(text))}")
 
 
 def print_pairs(pairs: list[dict[str, Any]], n: int) -> None:

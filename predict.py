@@ -46,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> "argparse.Namespace":
     parser.add_argument(
         "--show", metavar="FILE.png", type=cli.file_to_write(".png"), help="also draw what the network saw"
     )
+    cli.add_bare(parser)
     cli.add_device(parser)
     return parser.parse_args(argv)
 
@@ -62,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.classify import FORMS, classify, temperature_of
     from runtime.device import pick_device
 
-    model, info = checkpoint.load(args.checkpoint)
+    ((model, info),) = checkpoint.load_all([args.checkpoint], checkpoint.Bare(args.model, args.mean, args.std))
     model.to(pick_device(args.device))
     temperature = temperature_of(args.checkpoint)
     form = FORMS[args.form](args.top, names, info["classes"])
+    print(f"predict.py: answers of {cli.shown(args.checkpoint)}, {info['model']}", file=sys.stderr)
     if head := form.head():
         print(head)
     to_show, count = [], 0

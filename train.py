@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from runtime import cli
+from runtime import cli, files
 from runtime.errors import UserError
 
 
@@ -54,6 +54,7 @@ def add_recipe(parser: cli.Parser) -> None:
         type=Path,
         help="for --recipe distilled: whose answers to learn from; of several, their mean",
     )
+    cli.add_normalisation(parser, "a bare state_dict as --teacher")
     parser.add_argument(
         "--epochs", type=cli.whole_number(1, 10_000), help="passes over the images (default: the recipe's)"
     )
@@ -104,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train by the flags. Returns the exit code."""
     flags = parse_args(argv)
     if flags["tensorboard"] and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs the package: pip install -r requirements-optional.txt")
+        raise UserError(f"--tensorboard needs the package: {cli.install()}")
+    if flags["tensorboard"]:
+        files.check_folder(flags["tensorboard"])
     # Imported only now: PyTorch takes seconds, and --help or a mistyped flag should not wait for it.
     import data
     from training import run

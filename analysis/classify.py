@@ -91,7 +91,7 @@ class Table:
     def __init__(self, top: int, names: Sequence[str], classes: Sequence[str]):
         """Prepare for pictures of these names; the first `top` classes of each are shown."""
         self.top = top
-        self.name_width = min(max(map(len, names)), WIDEST)
+        self.name_width = min(max(len(one_line(name)) for name in names), WIDEST)
         self.answer_width = max(map(len, (NOT_SURE, *classes)))
 
     def head(self) -> str:

@@ -68,6 +68,7 @@ class Measured:
     after: dict[str, Any] | None  # with the temperature
     temperature: float | None
     temperature_note: str
+    foreign: dict[str, Any]  # of a bare state_dict its normalisation; of any checkpoint a caution if there is one
 
     @property
     def predicted(self) -> np.ndarray:
@@ -112,6 +113,7 @@ def measure(name: str, model: nn.Module, info: dict[str, Any], test: Split, val:
         findings=mistakes.check_findings(records, test.classes),
         coverage=metrics.coverage_curve(probabilities.max(1), predicted == labels),
         **_calibrate(model, info, logits, test, val),
+        foreign=_foreign(info, test, float((predicted == labels).mean())),
     )
 
 
@@ -119,9 +121,20 @@ def _identity(info: dict[str, Any]) -> dict[str, Any]:
     """Name model, recipe and seed of a checkpoint. One of unknown training counts as trained as published."""
     model, seed = info["model"], info.get("seed")
     if "flags" not in info:
-        return {"title": f"{model}, training unknown", "model": model, "recipe": "published", "seed": seed}
+        title = f"{model}, training unknown, normalised by {checkpoint.normalisation(info)}"
+        return {"title": title, "model": model, "recipe": "published", "seed": seed}
     recipe = recipes.upgrade(info["flags"])["recipe"]
     return {"title": f"{model}, recipe {recipe}, seed {seed}", "model": model, "recipe": recipe, "seed": seed}
+
+
+def _foreign(info: dict[str, Any], test: Split, accuracy: float) -> dict[str, Any]:
+    """Describe how a bare state_dict is used, or that the code of a checkpoint of ours has changed."""
+    if not checkpoint.is_bare(info):
+        return {"caution": caution} if (caution := checkpoint.changed(info)) else {}
+    return {
+        **{key: info[key] for key in ("matched", "normalisation")},
+        "caution": checkpoint.suspicion(info, test, accuracy),
+    }
 
 
 def _calibrate(
@@ -323,6 +336,7 @@ def _checkpoint_numbers(each: Measured, evidence: Evidence) -> dict[str, Any]:
         "calibration_before": each.before,
         "calibration_after": each.after,
         "consensus_trainings": len(own),
+        **each.foreign,
         "findings": None if each.findings is None else mistakes.judge(each.findings, judged),
     }
 
@@ -395,9 +409,11 @@ def _robustness(kind: tuple[str, str], own: Sequence[Result]) -> dict[str, Any]:
 def notes(numbers: dict[str, Any]) -> list[str]:
     """Write the sentences that belong under the groups; numbers: of numbers()."""
     enough = numbers["checkpoints"][0]["consensus_trainings"] >= CONSENSUS_SEEDS
-    command = "python analyze_errors.py --deep"
+    command = cli.command("analyze_errors.py", "--deep")
     missing = [] if enough else [f"Consensus needs five trainings of this model and recipe: {command} runs them."]
-    return [_label_note(numbers["label_issues"], command), *missing, _duplicate_note(numbers["near_duplicates"])]
+    cautions = [f"{each['name']}: {each['caution']}." for each in numbers["checkpoints"] if each.get("caution")]
+    own = [_label_note(numbers["label_issues"], command), *missing, _duplicate_note(numbers["near_duplicates"])]
+    return cautions + own
 
 
 def _label_note(issues: dict[str, Any] | None, command: str) -> str:

@@ -1,9 +1,10 @@
 """Measure checkpoints, their views and their ensemble on one split, and compare them.
 
-answers = evaluation.answer([evaluation.load(path)], split, tta=False, ensemble=False)
+answers = evaluation.answer(evaluation.load([path], Bare()), split, tta=False, ensemble=False)
 results = [evaluation.describe(each, split) for each in answers]
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ import checkpoint
 import engine
 import metrics
 import recipes
+from analysis import alike
 from data import Split
 from runtime import cli
 from runtime.files import file_sha256
+
+NEWER = ("data_sha256", "code")  # of a checkpoint; those of earlier versions lack them
 
 
 class Loaded(NamedTuple):
@@ -30,9 +34,10 @@ class Loaded(NamedTuple):
     sha256: str
 
 
-def load(path: Path) -> Loaded:
-    """Load a checkpoint, for measuring. Raises CheckpointError."""
-    return Loaded(path, *checkpoint.load(path), file_sha256(path))
+def load(paths: Sequence[Path], bare: checkpoint.Bare) -> list[Loaded]:
+    """Load checkpoints, for measuring. Raises CheckpointError."""
+    loaded = checkpoint.load_all(paths, bare)
+    return [Loaded(path, *each, file_sha256(path)) for path, each in zip(paths, loaded, strict=True)]
 
 
 class Answer(NamedTuple):
@@ -67,10 +72,11 @@ def answer(loaded: list[Loaded], split: Split, tta: bool, ensemble: bool) -> lis
 def describe(answered: Answer, split: Split) -> dict[str, Any]:
     """Describe one answer for the JSON: where it is from, and everything measured."""
     members, figures = answered.members, metrics.evaluate(answered.logits, split.labels, split.classes)
-    files = [{"checkpoint": cli.shown(each.path), "checkpoint_sha256": each.sha256} for each in members]
+    files = [_origin(each) for each in members]
     if len(members) == 1:
         keys = ("data", "epoch", "seed", "flags", "versions", "git")
         training = {key: members[0].info.get(key) for key in keys}
+        training |= {key: value for key in NEWER if (value := members[0].info.get(key))}
         origin = files[0] | {"model": members[0].info["model"], "training": training}
     else:
         origin = {"ensemble": files, "model": "+".join(sorted({each.info["model"] for each in members}))}
@@ -78,17 +84,26 @@ def describe(answered: Answer, split: Split) -> dict[str, Any]:
         **origin,
         **{"views": answered.views, "split": split.name, "data": split.source},
         **figures,
-        "caution": "; ".join(dict.fromkeys(cautions(answered, split))) or None,
+        "caution": "; ".join(dict.fromkeys(cautions(answered, split, figures["accuracy"]))) or None,
     }
 
 
-def cautions(answered: Answer, split: Split) -> list[str]:
+def _origin(loaded: Loaded) -> dict[str, Any]:
+    """Name the file of a checkpoint, and of a bare state_dict how it was matched and how its input is normalised."""
+    foreign = {key: loaded.info[key] for key in ("matched", "normalisation") if checkpoint.is_bare(loaded.info)}
+    return {"checkpoint": cli.shown(loaded.path), "checkpoint_sha256": loaded.sha256, **foreign}
+
+
+def cautions(answered: Answer, split: Split, accuracy: float) -> list[str]:
     """List what a reader must know before believing the figures, as sentences."""
     infos = [each.info for each in answered.members]
     found = [each[1] for info in infos if (each := checkpoint.caution(info, split))]
+    found += [said for info in infos if (said := checkpoint.changed(info))]
     augmentations = [recipes.upgrade(info.get("flags", {}))["augment"] for info in infos]
     if answered.views > 1 and not all(each.keys() >= {"flip", "shift"} for each in augmentations):
         found.append("not trained on mirrored and moved images: such views may harm it")
+    if len(infos) == 1 and (suspicion := checkpoint.suspicion(infos[0], split, accuracy)):
+        found.append(suspicion)
     return found
 
 
@@ -109,17 +124,47 @@ def name(result: dict[str, Any]) -> str:
 
 
 def spread(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compute mean and standard deviation (n - 1) of the accuracy over checkpoints that were trained alike."""
-    groups: dict[tuple, list[float]] = {}
+    """Compute mean and standard deviation (n - 1) of the accuracy over checkpoints that were trained alike.
+
+    They differ in their seed alone. Another file of a seed is among the "repeats" of its group and does not count.
+    "differs" says what sets apart groups of one model, recipe and selection. Bare state_dicts belong to no group, as
+    their training is not known.
+    """
+    groups: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for result in results:
-        if "ensemble" not in result:
-            flags = recipes.upgrade(result["training"]["flags"] or {"select": None})
-            key = (result["model"], flags["recipe"], flags["select"], result["views"])
-            alike = (*key, result["training"]["data"], recipes.setting(flags))
-            groups.setdefault(alike, []).append(result["accuracy"])
-    return [
-        dict(zip(("model", "recipe", "select", "views"), key, strict=False))
-        | {"n": len(values), "mean_accuracy": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
-        for key, values in groups.items()
-        if len(values) > 1
-    ]
+        if "ensemble" not in result and result["training"]["flags"]:
+            found = _facts(result) | {"model": result["model"], "views": result["views"]}
+            groups.setdefault(alike.key(found), {}).setdefault(result["training"]["seed"], []).append(result)
+    several = [seeds for seeds in groups.values() if sum(map(len, seeds.values())) > 1]
+    return [_mean(seeds) | differs for seeds, differs in zip(several, _apart(several), strict=True)]
+
+
+def _facts(result: dict[str, Any]) -> dict[str, Any]:
+    training = result["training"]
+    return alike.facts(recipes.upgrade(training["flags"]), training)
+
+
+def _mean(seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Compute the mean over the first result of each seed."""
+    firsts = [files[0] for files in seeds.values()]
+    repeats = [each["checkpoint"] for files in seeds.values() for each in files[1:]]
+    accuracies = [each["accuracy"] for each in firsts]
+    return {
+        "model": firsts[0]["model"],
+        **{key: _facts(firsts[0])[key] for key in ("recipe", "select")},
+        **{"views": firsts[0]["views"], "n": len(firsts), "mean_accuracy": float(np.mean(accuracies))},
+        "sd": float(np.std(accuracies, ddof=1)) if len(firsts) > 1 else None,
+        **({"repeats": repeats} if repeats else {}),
+    }
+
+
+def _apart(groups: list[dict[int, list[dict[str, Any]]]]) -> list[dict[str, str]]:
+    """Say what sets each group apart from others of its model, recipe, selection and views."""
+    firsts = [next(iter(seeds.values()))[0] for seeds in groups]
+    kinds = [(each["model"], each["views"], *(_facts(each)[key] for key in ("recipe", "select"))) for each in firsts]
+    apart = []
+    for first, kind in zip(firsts, kinds, strict=True):
+        others = [_facts(each) for each, other in zip(firsts, kinds, strict=True) if other == kind]
+        (differs,) = alike.differences([_facts(first), *others])[:1]
+        apart.append({"differs": differs} if differs else {})
+    return apart

@@ -15,6 +15,8 @@ import torch
 
 import data
 
+onnxruntime.disable_telemetry_events()  # some builds send them
+
 BATCHES = (1, 256)
 REPEATS = 30
 

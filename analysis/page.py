@@ -14,7 +14,6 @@ from analysis import classify, explain
 from data import CLASSES, Split
 from pictures.convert import convert
 from pictures.read import PictureError, opaque, read
-from runtime import cli
 
 SHOWN = 280  # pixels a side of the pictures on the page
 NEIGHBOURS = 8
@@ -45,7 +44,7 @@ class Explainer:
         except PictureError as error:
             if drawn:  # an empty canvas
                 return nothing
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
 
     def explain(self, pixels: np.ndarray) -> list[Any]:
         """Explain an image, uint8 (28, 28): itself, where the first model looked, all answers, nearest images."""
@@ -95,7 +94,12 @@ def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
     with gradio.Tab("Picture"):
         picture = gradio.Image(sources=["upload", "clipboard"], label="drop, paste or choose", height=SHOWN)
         picture.preprocess = _path_of  # type: ignore[method-assign, assignment]
-        gradio.Examples(_write_examples(test), picture, label="test images of the data set")
+        # Not gradio.Examples: a click on one makes the session a new Image, without this preprocess.
+        pictures = [[example] for example in examples(test)]
+        offered = gradio.Dataset(
+            components=[picture], samples=pictures, type="values", label="test images of the data set"
+        )
+        offered.click(lambda sample: sample[0], offered, picture)
     with gradio.Tab("Drawing"):
         drawing = gradio.Sketchpad(
             type="pil",
@@ -109,21 +113,14 @@ def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
 
 
 def _path_of(file: gradio.FileData | None) -> str | None:
-    """Hand an uploaded file to pictures.read as it is, instead of decoded by Gradio."""
+    """Hand a file to pictures.read as it is, instead of decoded by Gradio, which has checked that it was uploaded."""
     return file.path if file else None
 
 
-def _write_examples(test: Split) -> list[str]:
-    """Write a few test images as pictures on white, and return their paths."""
-    folder = cli.ROOT / ".cache" / "examples"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index in EXAMPLES:
-        if index < len(test.images):
-            paths.append(str(folder / f"{index}.png"))
-            negative = ImageOps.invert(enlarged(test.images[index].numpy()))
-            ImageOps.expand(negative, 20, fill=255).save(paths[-1])
-    return paths
+def examples(test: Split) -> list[Image.Image]:
+    """Draw a few test images as a user might have them: enlarged, on white, with a margin."""
+    negatives = [ImageOps.invert(enlarged(test.images[i].numpy())) for i in EXAMPLES if i < len(test.images)]
+    return [ImageOps.expand(negative, 20, fill=255) for negative in negatives]
 
 
 def _picture(title: str) -> gradio.Image:

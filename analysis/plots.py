@@ -8,6 +8,7 @@ Importing this module and calling its functions leaves matplotlib's global setti
 
 import io
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -51,7 +53,12 @@ SIDES = [(1.0, 0.0), (-1.0, 0.0), *((x, y) for x in (1, 0.5, 0, -0.5, -1) for y 
 def png(figure: Figure) -> bytes:
     """Return the figure as a PNG. Figures drawn from the same numbers are the same bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    for text in figure.findobj(Text):
+        printable = text.get_text().encode(errors="backslashreplace").decode()  # the name of a file need not be Unicode
+        if printable != text.get_text():
+            text.set_text(printable)
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -318,11 +325,20 @@ def _frontier_legend(figure: Figure, rows: Rows, literature: Rows, colours: Mapp
 
 
 def _row_names(rows: Rows) -> list[str]:
-    """Name rows by model and recipe, and by their epochs too where that is not enough."""
-    short = [f"{row['model']}, {row['recipe']}" for row in rows]
-    often = Counter(short)
-    long = [f"{name}, {row['epochs']} epochs" for name, row in zip(short, rows, strict=True)]
-    return [name if often[name] == 1 else longer for name, longer in zip(short, long, strict=True)]
+    """Name rows by model and recipe; by their epochs too, and by all else that differs, where that is not enough."""
+    names = [f"{row['model']}, {row['recipe']}" for row in rows]
+    for more in (lambda row: f"{row['epochs']} epochs", _rest_of_name):
+        often = Counter(names)
+        longer = [", ".join(filter(None, (name, more(row)))) for name, row in zip(names, rows, strict=True)]
+        names = [name if often[name] == 1 else long for name, long in zip(names, longer, strict=True)]
+    return names
+
+
+def _rest_of_name(row: Mapping[str, Any]) -> str:
+    values = [f"{key} {value}" for key, value in row["changed"].items()]
+    return ", ".join(
+        [f"chosen on {row['select']}", row["data"], *values, *([row["differs"]] if "differs" in row else [])]
+    )
 
 
 def _name_points(axes: Axes, key: str, rows: Rows, literature: Rows) -> None:

@@ -176,7 +176,7 @@ def render(page: dict[str, Any]) -> bytes:
         css=Markup((TEMPLATES / "report.css").read_text()),
         js=Markup((TEMPLATES / "report.js").read_text()),
     )
-    return html.encode()
+    return html.encode(errors="backslashreplace")  # the name of a file need not be Unicode
 
 
 def _verdicts(findings: Sequence[mistakes.Finding]) -> dict[str, str] | None:

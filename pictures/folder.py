@@ -8,7 +8,6 @@ Pictures of 28x28 grey pixels are taken as they are; all others are converted as
 """
 
 import argparse
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from runtime import cli
 from runtime.errors import UserError
+from runtime.files import check_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
+PROGRAM = "python -m pictures.folder"
 CLASS_COUNT = 10
 CONVERTED = "converted as predict.py does"
 TAKEN = "taken as they are (28x28, grey, on black)"
@@ -30,7 +31,7 @@ PARTS = {"train": "train", "test": "t10k"}  # folder below IMAGES -> the part's 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.Parser("Make a data folder of ten classes of your own from a folder of pictures.")
-    parser.prog = "python -m pictures.folder"
+    parser.prog = PROGRAM
     parser.add_argument(
         "images", metavar="IMAGES", type=Path, help="holds train/<class>/* and test/<class>/*, ten classes"
     )
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = {part: read_part(args.images / name, classes) for name, part in PARTS.items()}
     sources.write(args.folder, parts, classes)
     print(f"{cli.shown(args.folder)}: a data set with the classes {', '.join(classes)}")
-    print(f"next: python train.py --model cnn --data-dir {shlex.quote(str(args.folder))} --checkpoint-dir again/own")
+    words = ("--model", "cnn", "--data-dir", args.folder, "--checkpoint-dir", "again/own")
+    print(f"next: {cli.command('train.py', *words)}")
     return 0
 
 
@@ -59,6 +61,7 @@ def refuse_overwriting(folder: Path) -> None:
         raise UserError(f"{cli.shown(folder)} is a file, not a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{cli.shown(folder)} is not empty: nothing is overwritten; name a new folder")
+    check_folder(folder)
 
 
 def find_classes(images: Path) -> list[str]:
@@ -132,4 +135,4 @@ def read_picture(path: Path) -> tuple["np.ndarray", str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, PROGRAM)

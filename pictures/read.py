@@ -3,7 +3,11 @@
 image = read("shirt.jpg")       # or the file's bytes
 """
 
+import glob
+import importlib.util
 import io
+import re
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +15,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from runtime import cli
 from runtime.errors import UserError
 
 MAX_PIXELS = 12_000 * 12_000  # a picture that announces more is refused unopened
 WORKING = 1_000  # pixels of the longest edge that are enough to find the object
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")  # Pillow's modes with an alpha channel
+HEIC = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)  # the default of most phones
+RAW = re.compile(rb".{4}ftypcrx |II\*\0.{4}CR|FUJIFILMCCD-RAW|IIR[OS]", re.DOTALL)  # of Canon, Fujifilm, Olympus
+DNG_VERSION = 50706  # a TIFF tag that raw files alone have
+OTHERS = (  # files that people take for pictures: what they begin with, what they are, and what to do
+    (rb"%PDF-", "a PDF: save its page as a picture first"),
+    (rb"(<\?xml.*)?<svg[\s>]", "an SVG drawing: save it as PNG first"),
+    (rb"(<!doctype html|<html)", "a web page: save the picture itself"),
+    (rb"(.{4}ftyp(isom|iso\d|mp4|M4V|qt  |avc1|3g)|\x1a\x45\xdf\xa3|RIFF.{4}AVI )", "a video: save a frame of it"),
+    (rb"(PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf)", "an archive: unpack it, and name its folder"),
+    (rb"version https://git-lfs", "a Git LFS pointer: `git lfs pull` fetches the file itself"),
+)
 
 
 class PictureError(UserError):
@@ -34,9 +50,11 @@ def read(source: str | Path | bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of oddities that it can handle
             return opaque(ImageOps.exif_transpose(_smaller(_eight_bits(_decode(content)))))
     except UnidentifiedImageError:
-        raise PictureError("not a picture that Pillow can open") from None
+        raise PictureError(_what_else(content)) from None
     except PictureError:
         raise
+    except FileNotFoundError as error:
+        raise PictureError(_why_missing(str(source)) or error.strerror) from None
     except OSError as error:
         raise PictureError(error.strerror or f"damaged: {error}") from None
     except Exception as error:  # a malformed file can make a decoder raise anything
@@ -70,9 +88,45 @@ def files_below(folder: Path) -> list[Path]:
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
+def _what_else(content: bytes) -> str:
+    """Say what a file is that is no picture, by its first bytes, and what to do with it."""
+    if not content:
+        return "an empty file"
+    found = [words for start, words in OTHERS if re.match(start, content[:1000].lstrip(), re.DOTALL | re.IGNORECASE)]
+    return found[0] if found else "not a picture that Pillow can open"
+
+
+def _why_missing(name: str) -> str | None:
+    """Say what a name without a file is, if not just a file that is missing."""
+    if re.match(r"https?:/", name):
+        return f"an address: download it first: curl -sL {shlex.quote(name)} | {cli.command('predict.py', '-')}"
+    if not glob.has_magic(name):
+        return None
+    if found := glob.glob(name):
+        return f"a pattern that the shell did not expand; without quotes it stands for {len(found):,} files"
+    return "no file matches this pattern"
+
+
+def _open(content: bytes) -> Image.Image:
+    """Open a picture without decoding it; HEIC by a package that is optional."""
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        if not HEIC.match(content):
+            raise
+    if not importlib.util.find_spec("pillow_heif"):
+        raise PictureError(f"HEIC, which needs pillow-heif: {cli.install()}")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(content))
+
+
 def _decode(content: bytes) -> Image.Image:
     """Decode a picture if its header announces an acceptable size."""
-    image = Image.open(io.BytesIO(content))
+    image = None if RAW.match(content) else _open(content)
+    if image is None or DNG_VERSION in getattr(image, "tag_v2", ()):  # Pillow would open the small preview in it
+        raise PictureError("a camera's raw file: save it as JPEG first")
     if image.width * image.height > MAX_PIXELS:
         raise PictureError(f"{image.width:,} x {image.height:,} pixels are too many")
     image.draft("RGB", (WORKING, WORKING))  # decodes a large JPEG to fewer pixels, which is faster

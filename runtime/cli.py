@@ -1,16 +1,21 @@
 """What the scripts' command lines share. Standard library only, so that --help answers at once."""
 
 import argparse
+import contextlib
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from runtime import files
 from runtime.errors import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +25,7 @@ RUNS = ROOT / "runs"
 DEEP = RUNS / "deep"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
 OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the first process speaks for all
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal or the connection is lost; Windows has no such signal
 
 # Nothing is written outside of the clone: these libraries keep a cache in the home or the temporary folder.
 os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
@@ -45,13 +51,35 @@ def add_common(parser: Parser) -> None:
     add_device(parser)
 
 
-def add_data_dir(parser: Parser) -> None:
-    """Add --data-dir."""
+def add_data_dir(parser: Parser, other: bool = True) -> None:
+    """Add --data-dir, and --other-data where the script can use images that are not Fashion-MNIST."""
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="folder of the four IDX files, raw or .gz (or the variable FMNIST_DIR; default: found or fetched)",
+        help="folder or file of the data: IDX, CSV, .npz, parquet, pictures or a zip; docs/data.md describes them "
+        "(or the variable FMNIST_DIR; default: found or fetched)",
     )
+    if not other:
+        return
+    parser.add_argument(
+        "--other-data", action="store_true", help="accept images there that are not Fashion-MNIST; results name them"
+    )
+
+
+def add_bare(parser: Parser) -> None:
+    """Add --model, --mean and --std: what a bare state_dict does not say of itself."""
+    parser.add_argument(
+        "--model", metavar="NAME", help="of a bare state_dict: its name in models.py (default: the one that fits)"
+    )
+    add_normalisation(parser, "a bare state_dict")
+
+
+def add_normalisation(parser: Parser, whose: str) -> None:
+    """Add --mean and --std."""
+    parser.add_argument(
+        "--mean", type=number, metavar="M", help=f"of {whose}: its input is (pixel / 255 - M) / S (default: 0.5)"
+    )
+    parser.add_argument("--std", type=positive_number, metavar="S", help="of the same (default: 0.5)")
 
 
 def add_device(parser: Parser) -> None:
@@ -71,24 +99,39 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def positive_number(text: str) -> float:
-    """Convert a flag's value to a finite number above 0, as an argparse type."""
+def number(text: str) -> float:
+    """Convert a flag's value to a finite number, as an argparse type."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Convert a flag's value to a finite number above 0, as an argparse type."""
+    value = number(text)
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number above 0")
     return value
 
 
 def file_to_write(suffix: str) -> Callable[[str], Path]:
-    """Make an argparse type: a path with this suffix, so that a typing slip replaces no checkpoint."""
+    """Make an argparse type: a path with this suffix, so that a typing slip replaces no checkpoint.
+
+    A place where no file can be written is refused too, before any work.
+    """
 
     def convert(text: str) -> Path:
         path = Path(text)
         if path.suffix != suffix or not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{text!r} is not a {suffix} file in a folder that exists")
+        try:
+            files.check_file(path)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return path
 
     return convert
@@ -100,61 +143,149 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def python() -> str:
+    """Return how a user types this Python here: "python" where that finds it, else a path as .venv/bin/python."""
+    found = shutil.which("python")
+    if found and Path(found).absolute() == Path(sys.executable).absolute():
+        return "python"
+    return shlex.quote(shown(sys.executable))
+
+
+def command(script: str, *words: object) -> str:
+    """Write the command that runs a script of this repository, as a user would type it here."""
+    return f"{python()} {shlex.join([shown(ROOT / script), *map(str, words)])}"
+
+
+def install(requirements: str = "requirements-optional.txt") -> str:
+    """Write the command that installs the packages of a requirements file."""
+    return f"{python()} -m pip install -r {shlex.quote(shown(ROOT / requirements))}"
+
+
 def print_error(text: str) -> None:
     """Print an error that ends all processes, once: torchrun ends the others when the first process is gone."""
     if OTHER_PROCESS:
         time.sleep(10)
     else:
-        print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be full, too
+            print(text, file=sys.stderr)
 
 
 class StopSignals:
-    """Turn Ctrl-C and SIGTERM into a request to stop.
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request to stop.
 
     Within `with StopSignals() as signals` they only set signals.code, the exit code they ask for, so that the work
-    in hand can be finished and saved. A second Ctrl-C interrupts at once, except under torchrun, which may itself
-    have sent the second one.
+    in hand can be finished and saved. A line on stderr says so at once. A second Ctrl-C interrupts at once, except
+    under torchrun, which may itself have sent the second one. A signal that is ignored, as under nohup, stays ignored.
+    Outside of the main thread, which alone receives signals, nothing changes.
     """
 
     code: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        stops = {signal.SIGINT, signal.SIGTERM, HANGUP}
+        if threading.current_thread() is not threading.main_thread():
+            stops = set()
+        heard = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.code = 128 + number
+        again = ""
         if number == signal.SIGINT and "LOCAL_RANK" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            again = "; Ctrl-C again stops at once"
+        if number == HANGUP:
+            _leave_lost_terminal()
+        if not OTHER_PROCESS:
+            with contextlib.suppress(OSError):  # not print(), which the signal may have interrupted
+                os.write(2, f"\nstopping after this step and saving{again}\n".encode())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
+def _leave_lost_terminal() -> None:
+    """Discard what is printed to a terminal that is gone: every write to it would fail, and end the run unsaved."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            _discard(descriptor)
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main and exit.
+def _discard(descriptor: int) -> None:
+    """Let a file descriptor lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.set_inheritable(descriptor, True)
+    if nowhere != descriptor:
+        os.close(nowhere)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    if number == HANGUP:
+        _leave_lost_terminal()
+    raise SystemExit(128 + number)
+
+
+def _prepare_streams() -> None:
+    """Let no text, and no stream that the caller closed, end a script.
+
+    Characters that the output's encoding lacks are written as escapes. A closed stdin, stdout or stderr leads
+    nowhere; otherwise the next file that is opened would take its number, and be overwritten by what is printed.
+    """
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _discard(descriptor)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # a notebook's stream has none, and needs none
+            with contextlib.suppress(OSError):  # where the descriptor was replaced by one that cannot seek
+                reconfigure(errors="backslashreplace")
+
+
+def run(main: Callable[[], int], name: str | None = None) -> NoReturn:
+    """Run a script's main and exit; name: of the script, in messages.
 
     The exit code is what main returns; 2 after a UserError or OSError, which is printed in one line; 130 after Ctrl-C;
-    143 after SIGTERM. A bug keeps its traceback.
+    143 after SIGTERM and 129 after SIGHUP. A bug keeps its traceback.
     """
-    name = Path(sys.argv[0]).name
+    _prepare_streams()
     if "LOCAL_RANK" not in os.environ:  # a worker of torchrun may be waiting for others, deaf to Python's handlers
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGTERM, HANGUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _terminate)
+    status = _status(main, name or Path(sys.argv[0]).name)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:  # else Python would try again while it ends, and print a traceback
+            _discard(stream.fileno())
+            status = status or (0 if isinstance(error, BrokenPipeError) else 2)
+    sys.exit(status)
+
+
+def _status(main: Callable[[], int], name: str) -> int:
+    """Run main, print what ended it, and return the exit code."""
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as end:  # of argparse, or of a signal
+            status = end.code if isinstance(end.code, int) else 0
         sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        status = 130
+        with contextlib.suppress(OSError):
+            print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, as in `| head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        _discard(sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         print_error(f"{name}: error: {one_line(error)}")
-        status = 2
-    sys.exit(status)
+        return 2

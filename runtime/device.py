@@ -45,11 +45,19 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in DEVICES:
-            raise DeviceError(f"device {name!r} cannot be used: the kinds are {', '.join(DEVICES)}")
+            raise RuntimeError("another kind")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeviceError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        here = available()
+        why = f": {str(error).splitlines()[0]}" if name in here else ""
+        raise DeviceError(f"device {name!r} cannot be used{why}; this machine has {', '.join(here)}") from None
     return device
+
+
+def available() -> list[str]:
+    """List the devices of this machine that can be named."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -60,13 +68,18 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise DeviceError(f"{name!r} is not a precision")
     if name == "auto":
-        if device.type == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        else:
-            name = "bfloat16" if device.type == "cpu" and NATIVE_BFLOAT16 else "float32"
+        slower = "float16" if device.type == "cuda" else "float32"
+        name = "bfloat16" if has_bfloat16(device) else slower
     if name == "float16" and device.type == "cpu":
         raise DeviceError("--precision float16 needs a GPU; on a CPU there is bfloat16")
     return getattr(torch, name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Say whether a device multiplies bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and NATIVE_BFLOAT16
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,8 +7,11 @@ files.write_json("history.json", history)
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import UserError
 
 
 def write_atomically(path: str | Path, content: bytes) -> str:
@@ -31,6 +34,31 @@ def write_atomically(path: str | Path, content: bytes) -> str:
         os.fsync(folder)
         os.close(folder)
     return hashlib.sha256(content).hexdigest()
+
+
+def check_file(path: str | Path) -> None:
+    """Raise UserError unless a file can be written at this path: to be called before the work whose result goes there.
+
+    Nothing is changed; a folder that is missing may still be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file")
+    check_folder(path.parent)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise UserError unless files can be written in this folder, or in a new one at its place. Nothing is changed."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # permissions alone say too little: the disk may be read-only
+            pass
+    except OSError as error:
+        raise UserError(f"{place} cannot be written to: {error.strerror}") from None
 
 
 def file_sha256(path: str | Path) -> str:
@@ -59,4 +87,5 @@ def _laid_out(value: Any) -> str:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="backslashreplace").decode()  # the name of a file need not be Unicode

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: two tests run a
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for one another must not keep the cores busy
 
 import data
-from runtime import cli, sources
+from runtime import cli, fetch, published, sources
 
 ROOT = cli.ROOT
 SAMPLE = ROOT / "tests" / "sample"
@@ -173,14 +173,25 @@ def trained(tmp_path_factory):
     return folder, said
 
 
+@pytest.fixture(scope="session")
+def order_of_the_sample(sample, tmp_path_factory):
+    """A file as runtime/order.npz, made by the same function for the sample."""
+    path = tmp_path_factory.mktemp("order") / "order.npz"
+    parts = {"train": sample["train+val"], "t10k": sample["test"]}
+    published.write_order(path, {part: (s.images.numpy(), s.labels.byte().numpy()) for part, s in parts.items()})
+    return path
+
+
 @pytest.fixture
-def sample_as_published(monkeypatch, tmp_path):
+def sample_as_published(monkeypatch, tmp_path, order_of_the_sample):
     """Make the sample pass as the published set, and move the places where that is looked for into an empty folder."""
     lines = (line.split() for line in (SAMPLE / "SHA256SUMS").read_text().splitlines())
-    monkeypatch.setattr(sources, "PUBLISHED", {name: digest for digest, name in lines})
-    monkeypatch.setattr(sources, "FETCHED", tmp_path / "fetched")
+    monkeypatch.setattr(published, "PUBLISHED", {name: digest for digest, name in lines})
+    monkeypatch.setattr(published, "ORDER", order_of_the_sample)
+    monkeypatch.setattr(fetch, "FETCHED", tmp_path / "fetched")
+    monkeypatch.setattr(sources, "KERAS", tmp_path / "keras")
     monkeypatch.setattr(sources, "SYSTEM", tmp_path / "system")
-    monkeypatch.setattr(sources, "MIRRORS", ())
+    monkeypatch.setattr(fetch, "MIRRORS", ())
     monkeypatch.delenv("FMNIST_DIR", raising=False)
     return tmp_path
 

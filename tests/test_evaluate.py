@@ -69,7 +69,36 @@ def test_several_checkpoints_are_compared(trained, sample, tmp_path):
     p_values = f"p = {first['p_value']:.2g}   with Holm's correction {first['p_holm']:.2g}"
     assert f"{counts}   {p_values}\n" in finished.stdout
     (mean,) = content["means"]
-    assert (mean["model"], mean["n"], mean["sd"]) == ("cnn", 2, 0)
+    assert (mean["model"], mean["n"], mean["sd"], mean["repeats"]) == ("cnn", 1, None, [str(paths[2])])
+    assert "best_cnn_fmnist.pt repeats a seed and does not count" in " ".join(finished.stdout.split())
+
+
+def altered(path, folder, **changes):
+    """Write a checkpoint that says something else of its training into a new folder."""
+    content = checkpoint.from_bytes(path.read_bytes())
+    flags = content["flags"] | changes.pop("flags", {})
+    folder.mkdir()
+    (folder / path.name).write_bytes(checkpoint.to_bytes(content | changes | {"flags": flags}))
+    return folder / path.name
+
+
+def test_means_are_of_checkpoints_that_differ_in_their_seed_alone(trained, tmp_path):
+    first = trained[0] / "best_mlp_fmnist.pt"
+    paths = [first, altered(first, tmp_path / "seed", seed=1)]
+    for name, change in {
+        "rate": {"flags": {"lr": 0.003}},
+        "data": {"data_sha256": "0123456789" + "a" * 54},
+        "code": {"code": "fedcba9876543210"},
+        "old": {"data_sha256": None, "code": None},
+    }.items():
+        paths += [altered(first, tmp_path / f"{name}{seed}", seed=seed, **change) for seed in (0, 1)]
+    finished = evaluate(*paths, "--json", tmp_path / "m.json")
+    means = json.loads((tmp_path / "m.json").read_text())["means"]
+    assert [mean["n"] for mean in means] == [2] * 5
+    for number, words in {1: "lr 0.003", 2: "images 01234567", 3: "code fedcba98", 4: "code not recorded"}.items():
+        assert words in means[number]["differs"]
+        assert words in " ".join(finished.stdout.split())
+    assert len({mean["differs"] for mean in means}) == 5
 
 
 def test_one_pair_needs_no_correction(trained):
@@ -94,7 +123,30 @@ def test_a_metric_that_someone_adds_is_printed_and_written(trained, sample, tmp_
     assert result["bags"] == (predicted == CLASSES.index("Bag")).double().mean().item()
     assert f"  share of bags               {result['bags']:.4f} of all answers\n" in finished.stdout
     several = evaluate(*paths, before=add_a_metric).stdout
-    assert re.search(rf"log loss +ece .*bags\n.*\n.*best_cnn_fmnist.pt .* +{result['bags']:.4f}\n", several)
+    assert re.search(r"^ 2  \S+best_cnn_fmnist.pt: cnn$", several, re.MULTILINE)
+    assert re.search(rf"log loss +ece .*bags\n 1 .*\n 2 .* +{result['bags']:.4f}\n", several)
+
+
+def add_long_metrics():
+    def share(logits, labels):
+        return (logits.argmax(1) == labels).double().mean()
+
+    for number in range(4):
+        share.__name__ = f"a_share_with_quite_a_long_name_{number}"
+        metrics.metric(f"share {number}", unit="")(share)
+
+
+def test_what_is_printed_fits_into_80_columns(trained):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn", "cnn")]
+    for arguments in (paths[:1], [*paths, "--ensemble", "--tta"]):
+        finished = evaluate(*arguments, before=add_long_metrics)
+        assert finished.returncode == 0, finished.stderr
+        lines = [line for line in finished.stdout.splitlines() if not re.search(r"\w/\w+/", line)]  # no path is cut
+        assert len(lines) > 20
+        assert [line for line in lines if len(line) > 80] == []
+    accuracies = re.findall(r"^ \d +(\d+\.\d\d)% ", finished.stdout, re.MULTILINE)
+    shares = re.findall(r"^ \d +0\.\d{4} +(0\.\d{4})$", finished.stdout, re.MULTILINE)[-8:]  # the last metric's column
+    assert [f"{float(each) / 100:.4f}" for each in accuracies] == shares
 
 
 @pytest.fixture
@@ -150,7 +202,7 @@ def test_test_time_augmentation_is_a_result_beside_the_plain_answer(trained, sam
     assert (plain["views"], augmented["views"]) == (1, 6)
     assert plain["caution"] is None
     assert "not trained on mirrored and moved images" in augmented["caution"]
-    assert re.search(r"^ 2  \S+best_cnn_fmnist.pt, 6 views ", finished.stdout, re.MULTILINE)
+    assert re.search(r"^ 2  \S+best_cnn_fmnist.pt, 6 views: cnn$", finished.stdout, re.MULTILINE)
 
 
 def test_the_default_is_the_shipped_cnn():

@@ -1,5 +1,6 @@
 """export.py: the ONNX file has the logits of the checkpoint."""
 
+import importlib
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import onnxruntime
 from conftest import SAMPLE, assert_one_line_error, run_script
 
+import analysis.onnx
 import checkpoint
 import engine
 from data import CLASSES
@@ -28,6 +30,13 @@ def test_onnx_runtime_answers_as_pytorch_for_any_batch(trained, sample, tmp_path
         np.testing.assert_allclose(logits, expected[:n], atol=1e-4)
     assert "batch of 256: PyTorch" in finished.stdout
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(CLASSES)
+
+
+def test_onnx_runtime_reports_to_nobody(monkeypatch):
+    calls = []
+    monkeypatch.setattr(onnxruntime, "disable_telemetry_events", lambda: calls.append("off"))
+    importlib.reload(analysis.onnx)
+    assert calls == ["off"]
 
 
 def test_an_existing_file_is_kept_unless_named(trained, tmp_path):

@@ -2,12 +2,14 @@
 
 import io
 import random
+import sys
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 import checkpoint
 import engine
@@ -67,6 +69,12 @@ def test_the_background_may_be_light_or_dark(images):
     assert seen(saved(grey))[0, 0] == 0  # a grey background becomes black, too
 
 
+def heic(picture, **options):
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(picture).save(buffer, quality=95, **options)
+    return buffer.getvalue()
+
+
 def forms(garment):
     """Yield the same picture (L, on white) in every form: name, bytes."""
     white, rgb = Image.new("L", garment.size, 255), garment.convert("RGB")
@@ -90,6 +98,9 @@ def forms(garment):
     yield "JPEG turned by EXIF", saved(rgb.rotate(90, expand=True), "JPEG", quality=95, exif=turned)
     yield "WebP", saved(rgb, "WEBP", lossless=True)
     yield "BMP", saved(rgb, "BMP")
+    yield "AVIF", saved(rgb, "AVIF", quality=95)
+    yield "HEIC", heic(rgb)
+    yield "HEIC, turned", heic(rgb.rotate(90, expand=True), exif=turned.tobytes())
 
 
 def test_every_form_of_a_picture_is_seen_alike(images):
@@ -97,6 +108,24 @@ def test_every_form_of_a_picture_is_seen_alike(images):
     expected = seen(saved(garment))
     for name, content in forms(garment):
         assert np.abs(seen(content).astype(int) - expected).mean() < 4, name
+
+
+def test_heic_names_the_package_that_it_needs(images, monkeypatch):
+    monkeypatch.setattr("pictures.read.Image.open", no_opener)  # another test may have registered it
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    with pytest.raises(PictureError, match=r"HEIC, which needs pillow-heif: .* -m pip install -r requirements-opt"):
+        read(heic(enlarged(images[0], random.Random(3)).convert("RGB")))
+
+
+def no_opener(file):
+    raise UnidentifiedImageError
+
+
+def test_a_raw_file_is_not_answered_by_its_preview(images):
+    garment, tags = enlarged(images[0], random.Random(3)), TiffImagePlugin.ImageFileDirectory_v2()
+    tags[50706] = b"\1\4\0\0"  # DNGVersion
+    with pytest.raises(PictureError, match="a camera's raw file"):
+        read(saved(garment, "TIFF", tiffinfo=tags))
 
 
 def test_from_the_smallest_to_the_largest():

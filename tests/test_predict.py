@@ -17,6 +17,7 @@ import checkpoint
 import engine
 from analysis.classify import SURE
 from data import CLASSES
+from runtime import cli
 
 
 @pytest.fixture
@@ -61,6 +62,32 @@ def test_table_and_csv_say_the_same(folder):
     assert row["picture"] == str(picture)
     assert line.startswith(str(picture)[:50])
     assert f"{row['class 1']} {float(row['probability 1']):.1%}, {row['class 2']}" in line
+
+
+def test_what_is_no_picture_is_named(folder):
+    """Each in a line that says what to do, and the pictures among them are answered."""
+    contents = {
+        "a.pdf": b"%PDF-1.7\n", "b.svg": b'<?xml version="1.0"?>\n<svg xmlns="x">', "c.mp4": b"\0\0\0\x18ftypmp42\0",
+        "d.zip": b"PK\x03\x04", "e.jpg": b"<!DOCTYPE html>\n", "f.cr2": b"II*\0\x10\0\0\0CR\2\0", "g.png": b"",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    finished = predict(folder, "https://x.org/a b.jpg", folder / "0*.png", folder / "none*.png", "none.png", "--csv")
+    assert finished.returncode == 1
+    assert len(finished.stdout.splitlines()) == 21
+    begun = "predict.py: "
+    lines = [line.removeprefix(begun) for line in finished.stderr.splitlines() if line.startswith(begun)]
+    assert lines[0] == "answers of checkpoints/best_cnn_fmnist.pt, cnn"
+    words = ["a PDF", "an SVG drawing", "a video", "an archive", "a web page", "a camera's raw file", "an empty file"]
+    for line, (name, word) in zip(lines[1:], zip(contents, words, strict=True), strict=False):
+        assert line.startswith(f"{folder / name}: {word}")
+    download = f"curl -sL 'https://x.org/a b.jpg' | {cli.command('predict.py', '-')}"
+    assert lines[-4:] == [
+        f"https://x.org/a b.jpg: an address: download it first: {download}",
+        f"{folder}/0*.png: a pattern that the shell did not expand; without quotes it stands for 10 files",
+        f"{folder}/none*.png: no file matches this pattern",
+        "none.png: No such file or directory",
+    ]
 
 
 def test_a_picture_on_standard_input(folder):

@@ -44,6 +44,7 @@ CNN, MLP = Kind("cnn", "published", 3), Kind("mlp", "published", 12)
 FAST_CNN = Kind("cnn", "fast", 2)
 KINDS = (MLP, CNN, Kind("mlp", "fast", 6), FAST_CNN, Kind("mlp", "best", 6), Kind("cnn", "best", 2))
 SHORT = Kind("mlp", "published", 3, 40)  # saved once an epoch, in a tenth of a second
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]  # and the exit codes after them
 ALWAYS = ("--save-every", "0.001")  # seconds: at every look, which is every 25 steps
 
 
@@ -238,7 +239,7 @@ def test_killed_at_every_step_of_putting_an_earlier_checkpoint_back(tmp_path, ex
     tally("SIGKILL at every step of putting back", 10, lost, wrong)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_asked_to_stop(tmp_path, harm, expected, tally, tries, number, code):
     chance = random.Random(1)
     for attempt in range(4 * tries):
@@ -252,6 +253,7 @@ def test_asked_to_stop(tmp_path, harm, expected, tally, tries, number, code):
         process.join()
         assert process.exitcode == code, said(folder)
         assert "Traceback" not in said(folder)
+        assert "\nstopping after this step and saving" in said(folder)
         assert re.search(r"interrupted .*, and saved; .*train.py --model \w+ --resume", said(folder))
         assert (folder / f"unfinished_{kind.model}_fmnist.pt").exists()
         harm.resume(folder, kind)
@@ -270,7 +272,7 @@ def test_asked_to_stop_before_the_first_epoch_ends_leaves_what_was_there(tmp_pat
     assert b"an earlier one" in [path.read_bytes() for path in folder.iterdir()]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_asked_to_stop_before_training_has_begun(tmp_path, number, code):
     folder = tmp_path / "run"
     process = start(folder, CNN, before=partial(stop_on_loading, number))

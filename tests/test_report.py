@@ -145,7 +145,7 @@ def test_after_an_edit_a_training_gets_another_folder(sample, tmp_path, monkeypa
     monkeypatch.setattr(training.run, "run", lambda request: folders.append(request.checkpoint_dir) or 143)
     for digest in ("before", "after", "after"):
         monkeypatch.setattr(trainings, "code_key", lambda _, digest=digest: digest)
-        code = trainings.run(tmp_path, sample["train+val"], sample["test"], str(SAMPLE), "cpu")
+        code = trainings.run(tmp_path, sample["train+val"], sample["test"], "cpu", data_dir=SAMPLE)
         assert code == 143  # an interrupted training ends the call
     assert folders[0] != folders[1] == folders[2]  # else the finished run of the code before would be taken
 

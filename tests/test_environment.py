@@ -1,0 +1,254 @@
+"""Whatever the terminal, the disk and the caller are like: no traceback, nothing lost, and no work for nothing."""
+
+import ast
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script
+from PIL import Image
+from test_house import FILES, TREES, module_name
+from test_reliability import give_up_overriding_permissions
+
+import checkpoint
+import data
+from runtime import cli
+from training import distill
+
+CNN, MLP = (ROOT / "checkpoints" / f"best_{name}_fmnist.pt" for name in ("cnn", "mlp"))
+NAMES = ("服.png", "bad\udcff.png")  # outside of most encodings and of the figures' font; not Unicode at all
+FULL = Path("/dev/full")
+
+
+# --- what is printed, and where --------------------------------------------------------------------------
+
+
+def print_as(encoding):
+    """Let this process print as a system of that encoding does: cp1252 is Windows', where output is redirected."""
+    sys.stdout.reconfigure(encoding=encoding, errors="strict")
+
+
+@pytest.fixture
+def named(sample, tmp_path):
+    """A folder of two pictures and a checkpoint, with names that are hard to print."""
+    for name in NAMES:
+        Image.fromarray(sample["test"].images[0].numpy()).save(tmp_path / name)
+    return tmp_path, shutil.copy(MLP, tmp_path / "bad\udcff.pt")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_no_name_ends_a_run_or_loses_a_row(named, encoding):
+    folder, path = named
+    pictures, before = [folder / name for name in NAMES], partial(print_as, encoding)
+    finished = run_script("predict.py", *pictures, "--csv", "--show", folder / "seen.png", before=before)
+    assert (finished.returncode, finished.stderr.count("\n")) == (0, 2), finished.stderr  # no warning either
+    _, *rows = csv.reader(finished.stdout.splitlines())
+    garment = "服" if encoding == "utf-8" else "\\u670d"
+    assert [Path(row[0]).name for row in rows] == [f"{garment}.png", "bad\\udcff.png"]
+    finished = run_script("evaluate.py", path, "--data-dir", SAMPLE, "--json", folder / "服\udcff.json", before=before)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((folder / "服\udcff.json").read_text())["checkpoint"] == str(path)
+
+
+def test_the_report_of_a_checkpoint_whose_name_is_not_unicode(named):
+    folder, path = named
+    flags = ["--data-dir", SAMPLE, "--figures-dir", folder]
+    finished = run_script("analyze_errors.py", path, *flags, before=partial(print_as, "ascii"))
+    assert finished.returncode == 0, finished.stderr
+    assert "bad\\udcff.pt" in (folder / "report.html").read_text()
+
+
+def test_closed_streams_cost_nothing(tmp_path):
+    """The files that a script opens must not get the numbers of the streams, which it prints to."""
+    arguments = f"--model mlp --epochs 1 --data-dir {SAMPLE} --checkpoint-dir {tmp_path}"
+    command = f"{sys.executable} {ROOT / 'train.py'} {arguments} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    checkpoint.load(tmp_path / "best_mlp_fmnist.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_mlp_fmnist.json", "best_mlp_fmnist.pt"]
+
+
+def fill_stdout():
+    os.dup2(os.open(FULL, os.O_WRONLY), 1)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+def test_a_full_disk_behind_stdout_is_a_one_line_error():
+    assert_one_line_error(run_script("evaluate.py", MLP, "--data-dir", SAMPLE, before=fill_stdout), "No space left")
+    command = f"PYTHONUNBUFFERED= {sys.executable} {ROOT / 'evaluate.py'} --help > {FULL}"
+    finished = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert_one_line_error(finished, "No space left")  # and nothing of Python's own
+
+
+# --- signals ---------------------------------------------------------------------------------------------
+
+
+def test_a_lost_terminal_costs_nothing(tmp_path):
+    """The terminal of an SSH session goes: SIGHUP comes, and from then on nothing can be printed."""
+    command = [sys.executable, "train.py", "--model", "cnn", "--epochs", "99", "--data-dir", str(SAMPLE)]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [*command, "--checkpoint-dir", str(tmp_path)])
+    said = b""
+    while not re.search(rb"^ +1 ", said, re.MULTILINE):
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    saved = checkpoint.read(tmp_path / "unfinished_cnn_fmnist.pt")
+    assert saved["training"]["epoch"] > 1
+
+
+def hang_up_on_loading():
+    data.load = lambda *_, **__: (signal.raise_signal(signal.SIGHUP), time.sleep(10))
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "analyze_errors.py", "export.py", "demo.py"])
+def test_other_scripts_end_at_once(script, tmp_path):
+    flags = {"analyze_errors.py": ["--figures-dir", tmp_path], "export.py": ["--output", tmp_path / "a.onnx"]}
+    finished = run_script(script, CNN, *flags.get(script, []), before=hang_up_on_loading)
+    assert finished.returncode == 129
+    assert finished.stderr == ""
+
+
+def raise_within(number, before):
+    signal.signal(number, before)
+    with cli.StopSignals() as signals:
+        signal.raise_signal(number)
+    return signals.code, signal.getsignal(number) == before
+
+
+def test_a_signal_is_a_request_to_stop_unless_it_is_ignored():
+    assert in_a_fork(raise_within, signal.SIGHUP, signal.SIG_DFL) == (129, True)
+    assert in_a_fork(raise_within, signal.SIGHUP, signal.SIG_IGN) == (None, True)  # as under nohup
+
+
+def test_training_may_run_outside_of_the_main_thread():
+    entered = []
+
+    def enter():
+        with cli.StopSignals() as signals:
+            entered.append(signals.code)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [None]
+
+
+# --- places that cannot be written -----------------------------------------------------------------------
+
+
+def run_where_permissions_count(commands):
+    """Run scripts one after the other in this process; loading the data would be work for nothing."""
+    give_up_overriding_permissions()
+    data.load = lambda *_, **__: pytest.fail("the data are loaded although the result cannot be written")
+    ended = []
+    for script, *arguments in commands:
+        sys.argv = [script, *map(str, arguments)]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            cli.run(importlib.import_module(script.removesuffix(".py")).main)
+        ended.append(subprocess.CompletedProcess(sys.argv, end.value.code, out.getvalue(), err.getvalue()))
+    return ended
+
+
+def cases(locked):
+    """Yield commands whose result goes into a folder that cannot be written, or to a folder's name."""
+    yield "evaluate.py", "--json", locked / "a.json"
+    yield "evaluate.py", "--json", locked.parent / "folder.json"
+    yield "analyze_errors.py", "--figures-dir", locked
+    yield "analyze_errors.py", "--figures-dir", locked.parent, "--deep", "--deep-dir", locked / "new"
+    yield "compare.py", "--figures-dir", locked / "new"
+    yield "compare.py", "--json", locked / "a.json"
+    yield "bench.py", "--figures-dir", locked
+    yield "export.py", locked / CNN.name
+    yield "export.py", CNN, "--output", locked / "a.onnx"
+    yield "predict.py", SAMPLE, "--show", locked / "a.png"
+    yield "train.py", "--model", "mlp", "--tensorboard", locked / "new", "--checkpoint-dir", locked.parent
+    yield "train.py", "--model", "mlp", "--checkpoint-dir", locked
+    yield "pictures.folder", locked, locked / "new"
+
+
+def test_what_cannot_be_written_is_noticed_before_the_work(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (tmp_path / "folder.json").mkdir()
+    shutil.copy(CNN, locked)
+    locked.chmod(0o555)
+    before = sorted(tmp_path.rglob("*"))
+    for finished in in_a_fork(run_where_permissions_count, [*cases(locked)]):
+        assert_one_line_error(
+            finished, "locked.* cannot be written to: Permission|folder.json is a folder|Permission.*locked"
+        )
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".lock"] == before
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(sample, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "CACHE", SAMPLE / "SHA256SUMS" / "below a file")
+    teachers = distill.describe([MLP])
+    assert len(distill.answers(teachers, sample["test"])) == 500
+    assert "the teachers' answers are not cached: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_clone_on_a_read_only_disk_answers(tmp_path):
+    """It is seen through a mount that only the new process has."""
+    mounting = f"mount --bind {ROOT} {tmp_path} && mount -o remount,ro,bind {tmp_path} && cd {tmp_path} || exit 77"
+    script = f"{mounting}; touch new 2>/dev/null || {sys.executable} evaluate.py {MLP} --data-dir tests/sample"
+    finished = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if finished.returncode == 77:
+        pytest.skip("mounting is not allowed here")
+    assert finished.returncode == 0, finished.stderr
+    assert "  accuracy  " in finished.stdout
+
+
+@pytest.mark.parametrize("name", ["CPU", "cuda:99", "meta", "xpu", "warp", ""])
+def test_a_device_that_is_not_here(name):
+    finished = run_script("evaluate.py", "--device", name)
+    assert_one_line_error(finished, f"device '{name}' cannot be used; this machine has cpu")
+
+
+# --- commands in messages --------------------------------------------------------------------------------
+
+
+def test_commands_are_those_that_work_here(tmp_path, monkeypatch):
+    scripts = tmp_path / "my venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(scripts))  # as activated
+    assert cli.command("train.py", "--data-dir", "a b") == "python train.py --data-dir 'a b'"
+    assert cli.install() == "python -m pip install -r requirements-optional.txt"
+    monkeypatch.setenv("PATH", os.defpath)
+    assert cli.python() == f"'{scripts}/python'"
+    monkeypatch.chdir(tmp_path)
+    assert cli.command("train.py") == f"'my venv/bin/python' {ROOT}/train.py"
+
+
+ALLOWED = {"cli": "pip install", "compare": "python train.py"}  # the latter in the tables of README.md and docs
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_messages_take_their_commands_from_cli(path):
+    statements = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Expr)]
+    documentation = {id(node.value) for node in statements}
+    texts = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for text in texts:
+        written = re.search(r"\bpython3? \w+\.py|\bpip install", text.value)
+        allowed = id(text) in documentation or not written or written.group() == ALLOWED.get(path.stem)
+        assert allowed, f"{path.name}:{text.lineno}: use cli.command or cli.install"
