@@ -16,8 +16,9 @@ from torch import nn
 import models
 import recipes
 from data import CLASSES, MEAN, STD, DataError, Split
+from dataset import sources
 from recipes import FLAGS, upgrade
-from runtime import adopt, device, sources, weights
+from runtime import adopt, device, weights
 from runtime.cli import shown
 from runtime.code_key import code_key
 from runtime.errors import one_line

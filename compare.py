@@ -123,7 +123,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 def _recipe(row: dict[str, Any]) -> str:
     """Name the recipe with what sets the row apart: its data, values that recipes.py lost, what differs."""
-    from runtime import sources  # NumPy is not needed for --help
+    from dataset import sources  # NumPy is not needed for --help
 
     data = "" if row["data"] == sources.NAME else f", on {row['data']}"
     changes = "".join(f", {key} {value}" for key, value in row["changed"].items())

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dataset.sources import CLASSES, PUBLISHED, DataError, find, write
 from recipes import Recipe
 from runtime.errors import UserError
-from runtime.sources import CLASSES, PUBLISHED, DataError, find, write
 
 __all__ = [
     "AUGMENTATIONS",

@@ -17,7 +17,8 @@ import metrics
 import models
 import recipes
 from analysis import alike
-from runtime import cli, sources
+from dataset import sources
+from runtime import cli
 from runtime.errors import UserError
 
 HISTORIES = "best_*_fmnist.json"

@@ -27,8 +27,9 @@ import torch
 import models
 import recipes
 from data import Split
+from dataset import sources
 from optim import NATIVE_BFLOAT16
-from runtime import cli, device, kernels, sources
+from runtime import cli, device, kernels
 
 TRAINING_IMAGES = 60_000
 TEST_IMAGES = 10_000

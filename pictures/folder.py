@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the script."""
     args = parse_args(argv)
-    from runtime import sources
+    from dataset import sources
 
     refuse_overwriting(args.folder)
     classes = find_classes(args.images)

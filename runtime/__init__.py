@@ -1,1 +1,1 @@
-"""What everything else stands on: command lines, files, data sources, devices, processes, compiled kernels."""
+"""What everything else stands on: command lines, files, foreign weights, devices, processes, compiled kernels."""

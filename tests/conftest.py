@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: two tests run a
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for one another must not keep the cores busy
 
 import data
-from runtime import cli, fetch, published, sources
+from dataset import fetch, published, sources
+from runtime import cli
 
 ROOT = cli.ROOT
 SAMPLE = ROOT / "tests" / "sample"
@@ -175,7 +176,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def order_of_the_sample(sample, tmp_path_factory):
-    """A file as runtime/order.npz, made by the same function for the sample."""
+    """A file as dataset/order.npz, made by the same function for the sample."""
     path = tmp_path_factory.mktemp("order") / "order.npz"
     parts = {"train": sample["train+val"], "t10k": sample["test"]}
     published.write_order(path, {part: (s.images.numpy(), s.labels.byte().numpy()) for part, s in parts.items()})

@@ -16,7 +16,7 @@ import models
 import recipes
 from analysis import plots
 from analysis import runs as comparison
-from runtime.sources import NAME
+from dataset.sources import NAME
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 TEACHER = "resnet-best-0"

@@ -1,4 +1,4 @@
-"""data.py and runtime/sources.py: finding, verifying, fetching, splitting and augmenting, on the real sample."""
+"""data.py and dataset/sources.py: finding, verifying, fetching, splitting and augmenting, on the real sample."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ from torchvision import transforms
 
 import data
 import recipes
-from runtime import fetch, published, sources
+from dataset import fetch, published, sources
 from runtime.errors import UserError
 
 FILES = tuple(sources.PUBLISHED)

@@ -24,7 +24,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import data
-from runtime import forms, idx, published
+from dataset import forms, idx, published
 from training.run import Request, resume_command
 
 SPELT = ("TShirt-Top", "trouser", "PULLOVER", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "ankle_boot")
@@ -500,7 +500,7 @@ def test_an_array_of_wide_numbers_is_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_the_library_of_pictures_is_loaded_only_for_pictures():
-    code = "import runtime.sources, sys; assert 'PIL' not in sys.modules"
+    code = "import dataset.sources, sys; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -32,7 +32,8 @@ import models
 import predict
 import recipes
 import train
-from runtime import cli, sources
+from dataset import sources
+from runtime import cli
 from runtime.errors import UserError
 from training import record
 

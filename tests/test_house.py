@@ -18,6 +18,7 @@ LAYERS = (  # a module imports from the layers below it, and within its own room
     {"engine"},
     {"metrics", "checkpoint"},
     {"data", "pictures"},
+    {"dataset"},
     {"runtime"},
     {"models", "optim"},
     {"recipes"},

@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 import checkpoint
 import recipes
 from data import DataError
+from dataset.sources import check_classes
 from engine import Training
 from runtime import device as machine
 from runtime.code_key import code_key
 from runtime.errors import UserError
 from runtime.files import file_sha256, write_atomically, write_json
-from runtime.sources import check_classes
 
 FORMAT = "fmnist-unfinished-3"
 ENVIRONMENT = {  # what the last bits depend on beside flags and data, and of which types

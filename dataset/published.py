@@ -1,7 +1,7 @@
 """What Fashion-MNIST is: its classes, the SHA-256 of its files, and the order of its images.
 
 Kaggle's CSV files and folders of pictures hold the published images in another order. Splits and results depend on the
-order; restore() puts the images into the published one. It needs runtime/order.npz, which write_order() made from the
+order; restore() puts the images into the published one. It needs dataset/order.npz, which write_order() made from the
 published files. A test makes it anew and compares the bytes.
 """
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import idx
-from runtime.idx import DataError
+from dataset import idx
+from dataset.idx import DataError
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

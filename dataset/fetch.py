@@ -16,10 +16,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from runtime import cli, idx
+from dataset import idx
+from dataset.idx import DataError
+from dataset.published import PUBLISHED
+from runtime import cli
 from runtime.errors import one_line
-from runtime.idx import DataError
-from runtime.published import PUBLISHED
 
 FETCHED = cli.ROOT / "data"  # what a download leaves, in torchvision's layout
 PACKAGED = "usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist of Debian and Ubuntu puts it

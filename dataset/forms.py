@@ -21,10 +21,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tqdm import tqdm
 
-from runtime import cli, idx
+from dataset import idx
+from dataset.idx import MAX_IMAGES, SIZE, DataError, File
+from dataset.published import CLASSES
+from runtime import cli
 from runtime.errors import one_line
-from runtime.idx import MAX_IMAGES, SIZE, DataError, File
-from runtime.published import CLASSES
 
 PARTS = {"train": "training", "t10k": "test"}  # the name of a part in IDX files, and its word
 LAYOUTS = ("", "FashionMNIST/raw", "raw", "data/fashion", "fashion", "fashion-mnist", "fashion_mnist")  # below a folder

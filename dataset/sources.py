@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime import diagnose, fetch, forms, idx, published
+from dataset import diagnose, fetch, forms, idx, published
+from dataset.fetch import notice
+from dataset.idx import IMAGES_MAGIC, LABELS_MAGIC, MAX_IMAGES, SIZE, DataError, File
+from dataset.published import CLASSES, NAME, PUBLISHED
+from dataset.sums import SUMS, Altered, Sums
 from runtime.errors import one_line
-from runtime.fetch import notice
 from runtime.files import write_atomically
-from runtime.idx import IMAGES_MAGIC, LABELS_MAGIC, MAX_IMAGES, SIZE, DataError, File
-from runtime.published import CLASSES, NAME, PUBLISHED
-from runtime.sums import SUMS, Altered, Sums
 
 __all__ = ["CLASSES", "IMAGES_MAGIC", "LABELS_MAGIC", "NAME", "NAMES", "PUBLISHED", "SUMS", "DataError", "Files"]
 

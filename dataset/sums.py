@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dataset.idx import DataError, File, above, reading
 from runtime.errors import one_line
-from runtime.idx import DataError, File, above, reading
 
 SUMS = "SHA256SUMS"
 NAMES = (SUMS, "SHA256SUMS.txt", "sha256sums.txt", "sha256sums")

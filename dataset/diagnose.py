@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from runtime import forms, idx
+from dataset import forms, idx
+from dataset.idx import DataError
 from runtime.errors import one_line
-from runtime.idx import DataError
 
 TORCH = ("", "processed", "FashionMNIST/processed")  # where torchvision's earlier versions put training.pt and test.pt
 PACKED = re.compile(r"\.(t?gz|tar|7z|rar|xz|bz2)$")
