@@ -30,14 +30,16 @@ def address(log):
         port = server.getsockname()[1]
     command = [sys.executable, "demo.py", "--port", str(port), "--data-dir", str(SAMPLE)]
     with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as process:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            if f"http://127.0.0.1:{port}" in log.read_text():
-                break
-            time.sleep(0.01)
-        socket.create_connection(("127.0.0.1", port)).close()
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
+        try:
+            for _ in range(10_000):
+                assert process.poll() is None, log.read_text()
+                if f"http://127.0.0.1:{port}" in log.read_text():
+                    break
+                time.sleep(0.01)
+            socket.create_connection(("127.0.0.1", port)).close()
+            yield f"http://127.0.0.1:{port}"
+        finally:  # else the end of the process would be waited for
+            process.terminate()
 
 
 @pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
