@@ -244,7 +244,7 @@ def _is_plain(value: Any) -> bool:
         elif isinstance(each, str):
             if not each.isprintable():
                 return False
-        elif each is not None and not (isinstance(each, bool | int | float) and (abs(each) < 2**63 or each != each)):
+        elif each is not None and not (isinstance(each, float) or (isinstance(each, int) and abs(each) < 2**63)):
             return False
     return not todo
 

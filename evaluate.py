@@ -176,8 +176,13 @@ def print_pairs(pairs: list[dict[str, Any]], n: int) -> None:
     """Print McNemar's test of each pair of n results, numbered from 1."""
     print("\nMcNemar's exact test: images that only one of the two gets right")
     for (a, b), pair in zip(combinations(range(1, n + 1), 2), pairs, strict=True):
-        holm = f"   with Holm's correction {pair['p_holm']:.2g}" if len(pairs) > 1 else ""
-        print(f"{a:>2} against {b:>2}: {pair['only_a']:>5,} to {pair['only_b']:>5,}   p = {pair['p_value']:.2g}{holm}")
+        holm = f"   with Holm's correction {_rounded(pair['p_holm'])}" if len(pairs) > 1 else ""
+        p = _rounded(pair["p_value"])
+        print(f"{a:>2} against {b:>2}: {pair['only_a']:>5,} to {pair['only_b']:>5,}   p = {p}{holm}")
+
+
+def _rounded(p: float) -> str:
+    return f"{p:.2g}" if p else "under 1e-300"  # which a float cannot hold
 
 
 if __name__ == "__main__":

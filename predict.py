@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     temperature = temperature_of(args.checkpoint)
     form = FORMS[args.form](args.top, names, info["classes"])
     print(f"predict.py: answers of {cli.shown(args.checkpoint)}, {info['model']}", file=sys.stderr)
-    if head := form.head():
-        print(head)
     to_show, count = [], 0
     with tqdm(total=len(names), unit=" pictures", disable=None if len(names) > 1 else True) as bar:
         for found in read_in_batches(names, bar):
             for row in classify(model, found, temperature, info["classes"]):
+                if not count and (head := form.head()):
+                    bar.write(head)
                 bar.write(form.line(row))
                 count += 1
                 if count <= SHOWN:

@@ -23,7 +23,7 @@ import engine
 import metrics
 import recipes
 from analysis import corruptions, explain, mistakes
-from analysis.trainings import Result, Results
+from analysis.trainings import Result, Results, seed_jobs
 from data import Split
 from metrics import share
 from runtime import cli
@@ -123,8 +123,19 @@ def _identity(info: dict[str, Any]) -> dict[str, Any]:
     if "flags" not in info:
         title = f"{model}, training unknown, normalised by {checkpoint.normalisation(info)}"
         return {"title": title, "model": model, "recipe": "published", "seed": seed}
-    recipe = recipes.upgrade(info["flags"])["recipe"]
+    recipe = _recipe(model, recipes.upgrade(info["flags"]))
     return {"title": f"{model}, recipe {recipe}, seed {seed}", "model": model, "recipe": recipe, "seed": seed}
+
+
+def _recipe(model: str, flags: dict[str, Any]) -> str:
+    """Name the recipe of a run, with the values that were changed: only runs of equal names are compared."""
+    name, rows = flags["recipe"], recipes.RECIPES.get(flags["recipe"], {})
+    usual = rows.get(model) or rows.get(recipes.FALLBACK)
+    names = [each for each in recipes.Recipe._fields if each != "precision"]  # "auto" is recorded as what it was
+    changed = [
+        f"{each.replace('_', ' ')} {flags[each]}" for each in names if usual and flags[each] != getattr(usual, each)
+    ]
+    return f"{name} with {', '.join(changed)}" if changed else name
 
 
 def _foreign(info: dict[str, Any], test: Split, accuracy: float) -> dict[str, Any]:
@@ -408,9 +419,12 @@ def _robustness(kind: tuple[str, str], own: Sequence[Result]) -> dict[str, Any]:
 
 def notes(numbers: dict[str, Any]) -> list[str]:
     """Write the sentences that belong under the groups; numbers: of numbers()."""
-    enough = numbers["checkpoints"][0]["consensus_trainings"] >= CONSENSUS_SEEDS
+    first = numbers["checkpoints"][0]
     command = cli.command("analyze_errors.py", "--deep")
-    missing = [] if enough else [f"Consensus needs five trainings of this model and recipe: {command} runs them."]
+    planned = {(key["model"], key["recipe_name"]) for key in seed_jobs().values()}
+    how = f"{command} runs them" if (first["model"], first["recipe"]) in planned else "--deep does not run them"
+    enough = first["consensus_trainings"] >= CONSENSUS_SEEDS
+    missing = [] if enough else [f"Consensus needs five trainings of {first['model']}, {first['recipe']}: {how}."]
     cautions = [f"{each['name']}: {each['caution']}." for each in numbers["checkpoints"] if each.get("caution")]
     own = [_label_note(numbers["label_issues"], command), *missing, _duplicate_note(numbers["near_duplicates"])]
     return cautions + own

@@ -171,7 +171,7 @@ def _verdict(holds: bool, in_trainings: Sequence[bool]) -> str:
 def _in_trainings(holds: Sequence[bool], shares: Sequence[float | None]) -> str:
     """Describe in how many trainings a finding holds, and the mean of its shares."""
     if len(holds) < 2:
-        return "no other trainings yet: --deep runs them"
+        return "none of this model and recipe yet"
     line, known = f"holds in {sum(holds)} of {len(holds)}", [each for each in shares if each is not None]
     if len(known) < len(shares):
         return line

@@ -107,6 +107,13 @@ def test_what_a_model_of_ones_own_saves_is_read_back_whatever_its_buffers_hold(t
         checkpoint.serialise(model, **DETAILS | {"name": "buffers"})
 
 
+def test_a_loss_of_any_size_is_read_back(tmp_path):
+    checkpoint.save(
+        tmp_path / "a.pt", models.build("mlp"), **DETAILS | {"name": "mlp", "metrics": {"train_loss": 1.9e26}}
+    )
+    assert checkpoint.load(tmp_path / "a.pt")[1]["metrics"] == {"train_loss": 1.9e26}
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")
 def test_the_git_revision_shows_changed_code_but_not_what_the_scripts_write(tmp_path, monkeypatch):
     def git(*arguments):

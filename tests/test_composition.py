@@ -11,7 +11,9 @@ from sklearn.neighbors import NearestNeighbors
 import checkpoint
 import engine
 import models
+import recipes
 from analysis import composition, corruptions, explain
+from runtime import cli
 from runtime.code_key import code_key, reachable
 
 
@@ -40,6 +42,15 @@ def test_near_duplicates_by_either_space_and_consensus_of_all():
     assert composition.consensus(np.array([1, 5, 3]), votes[:4]) is None
     bits = composition.ambiguity(np.array([[0, 1], [0, 2]]))
     assert bits == pytest.approx([0, 1])
+
+
+def test_a_run_of_changed_values_is_not_compared_with_those_of_the_recipe():
+    _, info = checkpoint.load(cli.DEFAULT_CHECKPOINT)
+    assert composition._identity(info)["recipe"] == "published"
+    other = info | {"flags": recipes.upgrade(info["flags"]) | {"epochs": 2}}
+    assert composition._identity(other)["recipe"] == "published with epochs 2"
+    shipped = [*cli.CHECKPOINTS.glob("best_*.pt"), *cli.CHECKPOINTS.glob("distilled/best_*.pt")]
+    assert {composition._identity(checkpoint.load(path)[1])["recipe"] for path in shipped} <= set(recipes.RECIPES)
 
 
 def test_each_mistake_is_in_the_first_group_that_it_fits():
@@ -130,7 +141,8 @@ def test_a_temperature_needs_images_that_were_not_trained_on(change, note, train
     assert re.match(note, measured.temperature_note), measured.temperature_note
     assert (measured.temperature is None) == (measured.after is None) == note.startswith("No")
     unknown = "mlp, training unknown, normalised by mean 0.5 and std 0.5 (assumed)"
-    assert measured.title == (unknown if change is None else "mlp, recipe published, seed 0")
+    own = measured.title.startswith("mlp, recipe published with epochs 3, batch size 32")
+    assert measured.title == unknown if change is None else own
 
 
 # --- what makes the result of a long training stale ------------------------------------------------------

@@ -202,7 +202,7 @@ def test_an_earlier_checkpoint_is_kept_under_another_name(tmp_path):
     kept = tmp_path / f"best_mlp_fmnist.{hashlib.sha256(first).hexdigest()[:8]}.pt"
 
     finished = train(tmp_path, "--seed", 2)
-    assert f"the earlier best_mlp_fmnist.pt is kept as {cli.shown(kept)}" in finished.stdout
+    assert f"the earlier best_mlp_fmnist.pt will be kept as {cli.shown(kept)}" in finished.stdout
     assert kept.read_bytes() == first
     assert history_of(kept)["test"] == first_history["test"]
     assert history_of(path)["seed"] == 2
@@ -247,7 +247,7 @@ def test_a_history_that_stands_alone_is_kept_under_its_own_name(tmp_path):
     said = train(tmp_path, "--epochs", "1").stdout
     kept = tmp_path / f"best_mlp_fmnist.{hashlib.sha256(b'{}').hexdigest()[:8]}.json"
     assert kept.read_text() == "{}"
-    assert f"the earlier best_mlp_fmnist.json is kept as {cli.shown(kept)}" in said
+    assert f"the earlier best_mlp_fmnist.json will be kept as {cli.shown(kept)}" in said
 
 
 def limit_files():

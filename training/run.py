@@ -283,7 +283,7 @@ class Run:
             self.record.begin()
             if kept := self.record.kept:
                 name = f"{self.request.path.stem}{kept.suffix}"
-                print(f"the earlier {name} is kept as {cli.shown(kept)}")
+                print(f"the earlier {name} will be kept as {cli.shown(kept)}")
 
     def _stopped(self) -> bool:
         """Say whether a signal has asked to stop."""

@@ -23,6 +23,7 @@ from runtime.errors import UserError, one_line
 
 ROUNDING = 1e-3  # of logits, by the faster operations of runtime/kernels.py and by other devices
 FAULTS = (RuntimeError, ValueError, AssertionError)  # what PyTorch raises for shapes; others are bugs
+LONGEST = 300  # characters of what PyTorch says
 WANTED = "it must turn images float32 (n, 1, 28, 28) into logits (n, 10)"
 
 
@@ -38,6 +39,8 @@ def check(name: str, recipe: Recipe, train: data.Split, precision: torch.dtype) 
     """
     with _explained(f"{name} cannot be built"):
         model = models.build(name).to(train.labels.device)
+    if any(parameter.is_complex() or parameter.is_sparse for parameter in model.parameters()):
+        raise TrialError(f"models.py: {name} has complex or sparse parameters, which optim.py cannot train")
     few = _fewest(recipe, len(train.labels))
     for n in dict.fromkeys((min(2, recipe.batch_size), *([few] if few < 2 else []))):
         hint = f", the smallest batch: another --batch-size may help; else {WANTED}" if n == few < 2 else f"; {WANTED}"
@@ -132,4 +135,5 @@ def _explained(what: str) -> Iterator[None]:
         ]
         own = frames[-1].filename != __file__
         place = f" ({cli.shown(frames[-1].filename)}, line {frames[-1].lineno})" if own else ""
-        raise TrialError(f"models.py: {what}: {one_line(error) or type(error).__name__}{place}") from None
+        why = one_line(error)[:LONGEST] or type(error).__name__
+        raise TrialError(f"models.py: {what}: {why}{place}") from None
