@@ -42,7 +42,7 @@ FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of wh
     "versions": dict,
     "git": str | None,
 }
-NEWER: dict[str, Any] = {"code": str | None, "data_sha256": str | None}  # older checkpoints lack these
+NEWER: dict[str, Any] = {"code": str | None, "data_sha256": str | None}  # older checkpoints and histories lack these
 SUSPICIOUS = 0.1  # below the published accuracy of a model: such a checkpoint may be used in a wrong way
 MOST_VALUES = 10_000  # in the field of a checkpoint
 

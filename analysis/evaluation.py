@@ -22,8 +22,6 @@ from data import Split
 from runtime import cli
 from runtime.files import file_sha256
 
-NEWER = ("data_sha256", "code")  # of a checkpoint; those of earlier versions lack them
-
 
 class Loaded(NamedTuple):
     """A checkpoint that is measured."""
@@ -76,7 +74,7 @@ def describe(answered: Answer, split: Split) -> dict[str, Any]:
     if len(members) == 1:
         keys = ("data", "epoch", "seed", "flags", "versions", "git")
         training = {key: members[0].info.get(key) for key in keys}
-        training |= {key: value for key in NEWER if (value := members[0].info.get(key))}
+        training |= {key: value for key in checkpoint.NEWER if (value := members[0].info.get(key))}
         origin = files[0] | {"model": members[0].info["model"], "training": training}
     else:
         origin = {"ensemble": files, "model": "+".join(sorted({each.info["model"] for each in members}))}

@@ -84,9 +84,6 @@ STATE = {  # what Record.save writes, where the history is its JSON
 }
 
 
-NEWER = ("code", "data_sha256")  # histories and checkpoints of earlier versions lack these
-
-
 class RunError(UserError):
     """A run that cannot be begun or resumed."""
 
@@ -143,7 +140,7 @@ class Record:
                 name=history["model"],
                 epoch=row["epoch"],
                 metrics={key: value for key, value in row.items() if key.endswith(("loss", "accuracy"))},
-                **{key: history[key] for key in ("flags", "seed", "data", "classes", *NEWER)},
+                **{key: history[key] for key in ("flags", "seed", "data", "classes", *checkpoint.NEWER)},
             )
             history["checkpoint_sha256"] = write_atomically(self.path, self._best_content)
             history["best_epoch"] = row["epoch"]
@@ -169,7 +166,7 @@ class Record:
         Returns what has changed since of the environment, as {name: (before, now)}.
         """
         before, now = saved["history"], self.history
-        known = [key for key in ENVIRONMENT if key not in NEWER or before[key]]
+        known = [key for key in ENVIRONMENT if key not in checkpoint.NEWER or before[key]]
         changed = {key: (before[key], now[key]) for key in known if before[key] != now[key]}
         place = {key: saved["training"][key] for key in ("epoch", "step")}
         resumed = [*before["resumed"], place | {key: new for key, (_, new) in changed.items()}]
@@ -307,7 +304,7 @@ def load_unfinished(path: str | Path) -> dict[str, Any] | None:
         return None
     saved = checkpoint.read(path)
     try:
-        history = dict.fromkeys(NEWER) | json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)
+        history = dict.fromkeys(checkpoint.NEWER) | json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)
         saved = saved | {"history": history, "training": {"recent": []} | saved["training"]}
         best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
         whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
