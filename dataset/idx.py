@@ -16,6 +16,7 @@ from typing import IO, cast
 import numpy as np
 
 from runtime.errors import UserError, one_line
+from runtime.files import MISTAKEN
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of images, of labels
 KINDS = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
@@ -25,10 +26,8 @@ MAX_IMAGES = 200_000  # a header that announces more is not believed
 GZIP = b"\x1f\x8b"  # the first bytes of a gzip file, whatever its name
 
 FOREIGN = (  # the first bytes of what is downloaded in the place of data
-    (rb"\s*$", "an empty file: copy or download it again"),
+    *MISTAKEN,
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text: save it as UTF-8"),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: `git lfs pull` in its clone fetches that"),
-    (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype )?html", "an HTML page: download the file itself, not the page that shows it"),
 )
 
 File = Path | zipfile.Path  # on the disk, or in a zip

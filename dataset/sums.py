@@ -25,14 +25,15 @@ class Altered(DataError):
     """A file is not what a SHA256SUMS says."""
 
 
+Table = dict[str, dict[str, str]]  # by file name: path below the folder of the SHA256SUMS -> sum
+
+
 class Sums:
     """The SHA256SUMS of a data folder: each in the folder of a file, or in one above it up to the data folder."""
 
     def __init__(self, top: File):
         self.top = top
-        self._read: dict[
-            str, dict[str, dict[str, str]] | None
-        ] = {}  # by folder and file name: path below the folder -> sum
+        self._read: dict[str, Table | None] = {}  # by folder
 
     def folders(self, file: File) -> Iterator[File]:
         """Yield the folders of a file, from its own up to the data folder; of a file in a zip, up to its root."""
@@ -95,7 +96,7 @@ class Sums:
         expected = next(iter(wanted))
         raise Altered(f"{label} is altered: its SHA-256 is {digests[0][:12]}…, not {expected[:12]}… as {SUMS} says")
 
-    def _of(self, folder: File) -> dict[str, dict[str, str]] | None:
+    def _of(self, folder: File) -> Table | None:
         """Return the sums that a folder's SHA256SUMS lists; None where there is none."""
         if str(folder) not in self._read:
             path = next((folder / name for name in NAMES if (folder / name).exists()), None)
@@ -110,12 +111,12 @@ def _below(folder: File, lower: File) -> str:
     return str(lower)[len(str(folder)) :].strip("/")
 
 
-def parse(path: File) -> dict[str, dict[str, str]]:
+def parse(path: File) -> Table:
     """Read a SHA256SUMS: the sums in lower case, by file name and by path. Raises DataError if it is malformed."""
     with reading(path), path.open("rb") as file:
         content = file.read(MOST_BYTES)
     utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
-    found: dict[str, dict[str, str]] = {}
+    found: Table = {}
     lines = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):

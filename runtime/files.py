@@ -13,6 +13,12 @@ from typing import Any
 
 from runtime.errors import UserError
 
+MISTAKEN = (  # the first bytes of what is often saved in the place of a file that was to be downloaded, and what to do
+    (rb"\s*$", "an empty file: copy or download it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: `git lfs pull` in its clone fetches that"),
+    (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype )?html", "an HTML page: download the file itself, not the page that shows it"),
+)
+
 
 def write_atomically(path: str | Path, content: bytes) -> str:
     """Write bytes so that after a crash at any moment the path holds the old file or the new one, whole.

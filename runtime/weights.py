@@ -18,6 +18,7 @@ import torch
 
 from runtime import cli
 from runtime.errors import UserError
+from runtime.files import MISTAKEN
 
 MAX_BYTES = 2**32  # of a file
 MAX_PICKLE = 2**23  # bytes of the part that is no tensor: weights' names, and logs that others keep beside them
@@ -59,9 +60,7 @@ KERAS = (
 ONNX = "an ONNX model: only a PyTorch state_dict can be read; torch.save that of the network it was exported from"
 PACKED = "a compressed archive: unpack it, and give the file inside"
 SIGNATURES = (  # the first bytes of files that people mistake for weights
-    (rb"\s*$", "an empty file: copy or download it again"),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: `git lfs pull` in its clone fetches that"),
-    (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype )?html", "an HTML page: download the file itself, not the page that shows it"),
+    *MISTAKEN,
     (rb"\x89HDF\r\n\x1a\n", KERAS),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]", ONNX),
     (rb"\x93NUMPY", "an array of NumPy: a state_dict of PyTorch is needed, with the tensors' names"),
