@@ -59,6 +59,20 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in row) + " |")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """A failure that shows a name which is not Unicode must reach the process that prints it."""
+    return _printable((yield))
+
+
+def _printable(value):
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return type(value)(map(_printable, value)) if isinstance(value, list | tuple) else value
+
+
 # --- processes -------------------------------------------------------------------------------------------
 
 _forks = multiprocessing.get_context("forkserver")
