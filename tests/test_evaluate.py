@@ -17,6 +17,7 @@ import data
 import engine
 import metrics
 from data import CLASSES
+from runtime import cli
 
 
 def evaluate(*arguments, data_dir=SAMPLE, **how):
@@ -69,7 +70,7 @@ def test_several_checkpoints_are_compared(trained, sample, tmp_path):
     p_values = f"p = {first['p_value']:.2g}   with Holm's correction {first['p_holm']:.2g}"
     assert f"{counts}   {p_values}\n" in finished.stdout
     (mean,) = content["means"]
-    assert (mean["model"], mean["n"], mean["sd"], mean["repeats"]) == ("cnn", 1, None, [str(paths[2])])
+    assert (mean["model"], mean["n"], mean["sd"], mean["repeats"]) == ("cnn", 1, None, [cli.shown(paths[2])])
     assert "best_cnn_fmnist.pt repeats a seed and does not count" in " ".join(finished.stdout.split())
 
 
