@@ -4,6 +4,8 @@ checkpoint.save("best.pt", model, name="cnn", epoch=3, ...)
 model, info = checkpoint.load("best.pt")
 """
 
+import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,13 +18,14 @@ from torch import nn
 import models
 import recipes
 from data import CLASSES, MEAN, STD, DataError, Split
-from dataset import sources
+from dataset import published, sources
 from recipes import FLAGS, upgrade
 from runtime import adopt, device, weights
 from runtime.cli import shown
 from runtime.code_key import code_key
 from runtime.errors import one_line
 from runtime.files import write_atomically
+from runtime.schema import problem
 from runtime.weights import CheckpointError, from_bytes, read, to_bytes
 
 __all__ = ["Bare", "CheckpointError", "from_bytes", "load", "read", "save", "to_bytes"]
@@ -86,6 +89,7 @@ def load(
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """Load the model of a checkpoint, in evaluation mode on the CPU, and a dict of what the checkpoint says of it.
 
+    The dict holds "sha256" too, of the bytes that were read, and the fields of serialise but the weights.
     Someone else's state_dict is accepted too: runtime/adopt.py matches it to a model, and stderr says how unless quiet.
     Its dict holds "model", "classes", "normalisation" ("mean", "std", and whether they are "assumed"), "matched" ("by
     name" or "by order") and "notes". Its model takes the usual input too, (pixel / 255 - 0.5) / 0.5, and converts it.
@@ -93,7 +97,7 @@ def load(
     Raises CheckpointError when the file is missing, damaged, foreign, or holds more than plain weights.
     """
     path = Path(path)
-    model, info = _interpret(path, read(path), bare)
+    model, info = _interpret(path, weights.contents(path), bare)
     if is_bare(info) and not quiet:
         said = f"{path} is a bare state_dict, matched to {info['model']} {info['matched']}: {'; '.join(info['notes'])}"
         print(one_line(f"checkpoint: {said}; normalised by {normalisation(info)}"), file=sys.stderr)
@@ -113,7 +117,7 @@ def load_all(paths: Sequence[Path], bare: Bare) -> list[tuple[nn.Module, dict[st
 
 def from_content(path: Path, content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """Load a checkpoint from its bytes, as load does from its file; errors name the path."""
-    return _interpret(path, weights.parse(path, content), Bare())
+    return _interpret(path, content, Bare())
 
 
 def is_bare(info: dict[str, Any]) -> bool:
@@ -121,12 +125,14 @@ def is_bare(info: dict[str, Any]) -> bool:
     return "normalisation" in info
 
 
-def _interpret(path: Path, content: Any, bare: Bare) -> tuple[nn.Module, dict[str, Any]]:
+def _interpret(path: Path, file: bytes, bare: Bare) -> tuple[nn.Module, dict[str, Any]]:
+    content, digest = weights.parse(path, file), {"sha256": hashlib.sha256(file).hexdigest()}
     kind = content.get("format") if isinstance(content, dict) else None
     if isinstance(kind, str) and kind.startswith("fmnist-checkpoint-") and kind.isprintable():
         network = _check(path, content)
-        return network, {key: content.get(key) for key in [*FIELDS, *NEWER] if key != "weights"}
-    return _adopt(path, content, bare)
+        return network, digest | {key: content.get(key) for key in [*FIELDS, *NEWER] if key != "weights"}
+    network, info = _adopt(path, content, bare)
+    return network, digest | info
 
 
 def check_classes(path: str | Path, info: dict[str, Any], split: Split) -> None:
@@ -143,8 +149,8 @@ def caution(info: dict[str, Any], split: Split) -> tuple[str, str] | None:
     """
     if "flags" not in info:
         return "unknown", "how it was trained is not known, nor whether these images played a part"
-    if info["data"] != split.source:
-        return "other data", f"trained on {info['data']}, measured on {split.source}"
+    if (trained_on := published.named(info["data"], info.get("data_sha256"))) != split.source:
+        return "other data", f"trained on {trained_on}, measured on {split.source}"
     flags = upgrade(info["flags"])
     if split.name == "train" or (split.name == "val" and flags["select"] in ("test", "last")):
         return "trained", "trained on these very images"
@@ -195,7 +201,7 @@ def _check(path: Path, content: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"{path}: holds a {name[:40]!r}; the models here are {', '.join(models.MODELS)}")
     if [content["mean"], content["std"]] != [MEAN, STD]:
         raise CheckpointError(f"{path}: trained with another normalisation")
-    if any(not fits(value, FLAGS[key]) for key, value in content["flags"].items() if key in FLAGS):
+    if not (_are_flags(content["flags"]) and _are_flags(upgrade(content["flags"]))):
         raise CheckpointError(f"{path}: its flags are not what a checkpoint holds there")
     try:
         if list(sources.check_classes(content["classes"])) != content["classes"]:
@@ -219,32 +225,29 @@ def _others(state: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [key for key in {**expected, **state} if found.get(key) is None or found[key] != expected.get(key)]
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Say whether a value is of a type, or a dict whose values are, with just these keys.
-
-    A list as the kind stands for a list each of whose parts is of one of the kinds in it.
-    """
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(any(fits(part, each) for each in kind) for part in value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind) or (whole and isinstance(0.0, kind))  # 1 is as good as 1.0
+def _are_flags(flags: dict[str, Any]) -> bool:
+    """Say whether those flags that are known here have values that they may have."""
+    return not any(problem(value, FLAGS[key]) for key, value in flags.items() if key in FLAGS)
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a value, or everything in a list or dict, can be printed in a line."""
+    """Say whether a value, or everything in a list or dict, can be printed in a line, and written as JSON."""
     todo, count = [(value, 3)], 0
     while todo and count < MOST_VALUES:
         each, depth = todo.pop()
         count += 1
         if isinstance(each, list | dict) and depth:
+            if isinstance(each, dict) and not all(isinstance(key, str) for key in each):
+                return False
             parts = [*each, *each.values()] if isinstance(each, dict) else each
             todo += [(part, depth - 1) for part in parts]
         elif isinstance(each, str):
             if not each.isprintable():
                 return False
-        elif each is not None and not (isinstance(each, float) or (isinstance(each, int) and abs(each) < 2**63)):
+        elif isinstance(each, float):
+            if not math.isfinite(each):
+                return False
+        elif each is not None and not (isinstance(each, int) and abs(each) < 2**63):
             return False
     return not todo
 

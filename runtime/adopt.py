@@ -56,21 +56,32 @@ def build(name: str) -> nn.Module:
 def fill(path: Path, network: nn.Module, weights: State) -> nn.Module:
     """Load weights that have the names and shapes of the network's, and return it.
 
-    Raises CheckpointError unless its parameters are finite, and its logits of an image. Buffers may hold infinities, as
-    masks do.
+    Raises CheckpointError where they cannot be used, or differ where the network keeps two names for one tensor.
     """
     network.load_state_dict(weights)
-    if odd := [key for key, parameter in network.named_parameters() if not torch.isfinite(parameter).all()]:
-        raise CheckpointError(f"{path}: holds weights that are not finite numbers: {_shown(odd)}")
+    if found := fault(network):
+        raise CheckpointError(f"{path}: {found}")
     _check_ties(path, network.state_dict(), weights)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        logits = network(torch.linspace(-1, 1, 28 * 28).reshape(1, 1, 28, 28))
-    if isinstance(logits, torch.Tensor) and not torch.isfinite(logits).all():
-        raise CheckpointError(
-            f"{path}: its logits are not finite numbers: its weights are too large, or a buffer such as running_var is "
-            "damaged"
-        )
     return network
+
+
+def fault(network: nn.Module) -> str:
+    """Say why the weights of a network, in evaluation mode, cannot be used; "" if they can.
+
+    Its parameters must be finite, and its logits of an image. Buffers may hold infinities, as masks do.
+    """
+    parameters = dict(network.named_parameters())
+    if odd := [key for key, parameter in parameters.items() if not torch.isfinite(parameter).all()]:
+        dtype = str(parameters[odd[0]].dtype).removeprefix("torch.")
+        return f"it holds weights that are not finite numbers of {dtype}: {_shown(odd)}"
+    device = next((each.device for each in parameters.values()), None)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        logits = network(torch.linspace(-1, 1, 28 * 28, device=device).reshape(1, 1, 28, 28))
+    if isinstance(logits, torch.Tensor) and not torch.isfinite(logits).all():
+        return (
+            "its logits are not finite numbers: its weights are too large, or a buffer such as running_var is damaged"
+        )
+    return ""
 
 
 def _check_ties(path: Path, state: State, weights: State) -> None:

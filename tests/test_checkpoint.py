@@ -1,6 +1,7 @@
 """checkpoint.py: what is written is read back; what is no checkpoint is refused in one line, and nothing in it runs."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import data
 import models
 import recipes
 from data import CLASSES
-from runtime import cli, device
+from runtime import cli, device, weights
 from runtime.code_key import code_key
 from training import run, trial
 
@@ -63,6 +64,7 @@ def test_a_checkpoint_is_read_back_whole(saved):
     assert info["flags"] == DETAILS["flags"]
     assert info["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (info["code"], info["data_sha256"]) == (None, None)
+    assert info["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     content = checkpoint.serialise(model, **DETAILS, code="1a2b", data_sha256="3c4d")
     again, info = checkpoint.from_content(path, content)
     assert_same_weights(model, again)
@@ -72,6 +74,56 @@ def test_a_checkpoint_is_read_back_whole(saved):
     assert checkpoint.load(path)[1]["code"] is None
     with pytest.raises(checkpoint.CheckpointError, match=r"a\.pt: damaged: the checksum"):
         checkpoint.from_content(path, content.replace(b"1a2b", b"1a2c"))
+
+
+def everything():
+    """Values of all the kinds that a training saves, among them tensors of each dtype, form and way to share."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    base, number = torch.arange(60.0).reshape(3, 4, 5), {"number": 3}
+    views = [base, base[1:], base.mT, base[:, 1::2, -1], base[0, 0, 0], base.flatten()[7:], base[:0]]
+    return {
+        "model": model.state_dict(),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "parameters": dict(model.named_parameters()),
+        "dtypes": [torch.rand(3, 2).mul(9).to(dtype) for dtype in weights.DTYPES.values()],
+        "views": [*views, base[:1, :1, :1].expand(7, 4, 5), torch.zeros(0, 3), torch.tensor(True)],
+        "plain": [None, True, False, 0, -1, 2**40, -(2**63), 2.5, float("inf"), "", "é☃", (), (1,), (1, (2, "x")), {}],
+        "shared": [number, number],
+        "long": list(range(3_000)),
+        7: {1.5: "a", None: "b", True: "c"},
+    }
+
+
+def assert_same(a, b):
+    """The same types and values, and tensors with the same bits, strides, offsets, and storages."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape, a.stride(), a.storage_offset()) == (b.dtype, b.shape, b.stride(), b.storage_offset())
+        assert (a.requires_grad, a.is_leaf) == (b.requires_grad, b.is_leaf)
+        assert [*a.untyped_storage()] == [*b.untyped_storage()]
+    elif isinstance(a, dict | list | tuple):
+        assert len(a) == len(b)
+        parts = zip(a.items(), b.items(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+        for x, y in parts:
+            assert_same(x, y)
+        assert getattr(a, "_metadata", None) == getattr(b, "_metadata", None)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}, {"pickle_protocol": 5}]
+)
+def test_whatever_torch_save_writes_is_read_to_the_bit(options):
+    content = io.BytesIO()
+    torch.save(everything(), content, **options)
+    read = weights.parse(Path("a.pt"), content.getvalue())
+    assert_same(read, torch.load(io.BytesIO(content.getvalue()), weights_only="pickle_protocol" not in options))
+    first, second = read["views"][:2]
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert all(tensor.untyped_storage().data_ptr() % 64 == 0 for tensor in read["model"].values())
+    assert read["shared"][0] is read["shared"][1]
 
 
 class Buffers(nn.Module):
@@ -365,8 +417,14 @@ def write_bad(kind, path, saved_path):
     elif kind == "ours, not finite":
         torch.save(ours | {"weights": ours["weights"] | {"fc2.bias": torch.full((10,), float("inf"))}}, path)
     elif kind == "ours, a field too long":  # a few bytes of lists within lists, which repeat one list
-        part = [0.5] * 1_000
-        torch.save(ours | {"metrics": {"loss": [part] * 1_000}}, path)
+        part = [0.5] * 100
+        torch.save(ours | {"metrics": {"loss": [part] * 200}}, path)
+    elif kind == "ours, no figure":
+        torch.save(ours | {"metrics": {"loss": float("nan")}}, path)
+    elif kind == "ours, a key that is no name":
+        torch.save(ours | {"versions": {3: "3"}}, path)
+    elif kind == "ours, other flags of earlier versions":
+        torch.save(ours | {"flags": {"shift": ["x" * 1000]}}, path)
     elif kind == "ours, an odd code":
         torch.save(ours | {"code": 7}, path)
     elif kind == "ours, lacking":
@@ -412,6 +470,9 @@ BAD = {
     "ours, other dtypes": "do not have the names, shapes and dtypes of cnn in models.py: 'conv1.weight' and",
     "ours, not finite": "weights that are not finite",
     "ours, a field too long": "its metrics is not what a checkpoint holds there",
+    "ours, no figure": "its metrics is not what a checkpoint holds there",
+    "ours, a key that is no name": "its versions is not what a checkpoint holds there",
+    "ours, other flags of earlier versions": "its flags are not what",
     "ours, an odd code": "its code is not what a checkpoint holds there",
     "ours, lacking": "lacks seed",
     "ours, newer": "written in fmnist-checkpoint-99",

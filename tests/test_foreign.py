@@ -367,7 +367,7 @@ def test_maps_and_onnx_see_the_same_renormalised_input(tmp_path, sample):
     with torch.no_grad():
         expected = theirs(given)
         torch.testing.assert_close(model(data.normalise(test.images)), expected, atol=1e-5, rtol=1e-5)
-    content = onnx.to_onnx(model, info["classes"])
+    content = onnx.to_onnx(model, info)
     session = onnx.session_of(content)
     (exported,) = session.run(None, {"pixels": test.images.numpy()})
     np.testing.assert_allclose(exported, expected, atol=1e-4)
@@ -518,8 +518,6 @@ def write_refused(kind, path, model):
             torch.save({key: value.numpy() for key, value in state.items()}, path)
         case "whole model in a dict":
             torch.save({"model": model, "epoch": 3}, path)
-        case "pickle_protocol=4":
-            torch.save(state, path, pickle_protocol=4)
         case "whole model":
             torch.save(model, path)
         case "whole model, old format":
@@ -543,7 +541,6 @@ REFUSED = {
     "deep in settings": r"holds pathlib\.PurePosixPath, not only weights",
     "arrays": r"holds numpy\._core\.multiarray\._reconstruct, not only weights",
     "whole model in a dict": r"holds models\.MLP, not only weights",
-    "pickle_protocol=4": r"saved with pickle_protocol=4, which cannot be read without the risk of running",
     "whole model": r"holds models\.MLP, not only weights",
     "whole model, old format": r"holds models\.MLP, not only weights",
     "pickle": r"a pickle with collections\.OrderedDict, not a file of torch\.save",
@@ -592,6 +589,11 @@ def other_zip(content):
         archive.write(SAMPLE / "SHA256SUMS", "model.pt")
 
 
+def many_values(content):
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02](" + b"N" * 600_000 + b"e.")
+
+
 def safetensors(content):
     header = json.dumps({"fc2.bias": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}).encode()
     content.write(len(header).to_bytes(8, "little") + header + bytes(40))
@@ -613,7 +615,7 @@ KNOWN = {  # first bytes, as such files have them, and what is said
     "tar": (tar, "a compressed archive: unpack it"),
     "zip": (other_zip, "a zip archive, but not one of torch.save: unpack it, and give the file inside"),
     "empty": (b"", "an empty file: copy or download it again"),
-    "too many values": (lambda content: torch.save([0.5] * 600_000, content), "holds more than weights and some logs"),
+    "too many values": (many_values, "holds more than weights and some logs"),
     "too long a text": (lambda content: torch.save("x" * 2**23, content), "holds more than weights and some logs"),
     "a tuple as key": (lambda content: torch.save({(1, 2): 3}, content), "its dicts have keys that are no names"),
     "harm": (
@@ -629,27 +631,3 @@ def test_other_files_are_known_and_named(kind, tmp_path):
     path = tmp_path / "theirs.pt"
     path.write_bytes(content if isinstance(content, bytes) else packed(content))
     assert re.match(f"{re.escape(str(path))}: {said}", refused(path)), refused(path)
-
-
-def bomb(start, end):
-    """A pickle of a tuple within tuples, twice at every level: its hash would take 2^60 steps."""
-    levels = b"".join(b"q" + bytes([k]) + b"h" + bytes([k]) + b"\x86" for k in range(60))
-    return b"\x80\x02" + start + b"K\x01" + levels + end + b"."
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        bomb(b"}", b"Ns"),
-        bomb(b"ccollections\nOrderedDict\n(]", b"N\x86atR"),
-        bomb(b"ccollections\nOrderedDict\n)R]", b"N\x86ab"),
-        bomb(b"(X\x07\0\0\0storagectorch\nFloatStorage\n", b"X\x03\0\0\0cpuK\x04tQ"),
-        b"\x80\x02}(" + b"".join(b"\x8a\x0a%bN" % ((k << 61) - k).to_bytes(10, "little") for k in range(10**5)) + b"u.",
-    ],
-)  # fmt: skip
-def test_no_key_takes_for_ever(content, tmp_path):
-    whole, path = checkpoint.to_bytes({"a": 1}), tmp_path / "bomb.pt"
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w") as new:
-        for member in old.infolist():
-            new.writestr(member.filename, content if member.filename.endswith("data.pkl") else old.read(member))
-    assert "its dicts have keys that are no names: refused, nothing was run" in refused(path)
