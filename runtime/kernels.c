@@ -2,7 +2,7 @@
 
    Compiled by kernels.py, which says what each function computes, and calls it. Activations lie channels last,
    channels a multiple of 32; they are bfloat16, or float where FLOAT is defined. The vectors are those of GCC and
-   Clang, so any processor will do. NaN is passed on, as PyTorch does. */
+   Clang, so any processor will do. NaN is passed on by the pooling, as PyTorch does; the convolution refuses it. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -22,19 +22,21 @@ typedef VECTOR(uint8_t, 16) bytes;
 typedef int32_t element; /* the bits of a float */
 #define LANES 16
 #define INFINITE 0x7f800000
+#define POSITIVE 0x7fffffff /* all bits but the sign */
 static inline floats load(const element *from) { return *(const floats *)from; }
 static inline void store(element *to, floats x) { *(floats *)to = x; }
 #else
 typedef int16_t element; /* the bits of a bfloat16, the upper half of a float */
 #define LANES 32
 #define INFINITE 0x7f80
+#define POSITIVE 0x7fff
 typedef VECTOR(int16_t, 16) shorts;
 static inline floats load(const element *from) {
     return (floats)(__builtin_convertvector(*(const shorts *)from, ints) << 16);
 }
 static inline void store(element *to, floats x) {
     ints bits = (ints)x;
-    ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even; NaN stays NaN */
+    ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even; of no NaN */
     *(shorts *)to = __builtin_convertvector(rounded, shorts);
 }
 #endif
@@ -49,14 +51,24 @@ static inline void pad(float padded[SIZE + 2][ROW], const float *image) {
     for (int row = 0; row < SIZE; row++) memcpy(&padded[row + 1][1], image + row * SIZE, sizeof(float) * SIZE);
 }
 
+/* Whether all these numbers are so small that no sum of ten products of two overflows. NaN is not. */
+static inline int small(const float *x, int n) {
+    int all = 1;
+    for (int i = 0; i < n; i++) all &= __builtin_fabsf(x[i]) < 1e18f;
+    return all;
+}
+
 /* images (n, SIZE, SIZE), weight (9, channels), bias (channels)
-   -> output and place (n, POOLED, POOLED, channels): of a 3x3 convolution, 2x2 max-pooling and ReLU. */
-void conv_pool_relu(const float *images, const float *weight, const float *bias, element *output, uint8_t *place,
-                    int n, int channels, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+   -> output and place (n, POOLED, POOLED, channels): of a 3x3 convolution, 2x2 max-pooling and ReLU.
+   Returns 0 where a number is not small. The output is then worth nothing: a window could lose its NaN. */
+int conv_pool_relu(const float *images, const float *weight, const float *bias, element *output, uint8_t *place,
+                   int n, int channels, int threads) {
+    int usual = small(weight, 9 * channels) && small(bias, channels);
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : usual)
     for (int i = 0; i < n; i++) {
         float padded[SIZE + 2][ROW];
         pad(padded, images + (size_t)i * SIZE * SIZE);
+        if (!small(images + (size_t)i * SIZE * SIZE, SIZE * SIZE)) usual = 0;
         for (int c = 0; c < channels; c += 16) {
             floats w[9], b = *(const floats *)(bias + c);
             for (int tap = 0; tap < 9; tap++) w[tap] = *(const floats *)(weight + tap * channels + c);
@@ -70,7 +82,7 @@ void conv_pool_relu(const float *images, const float *weight, const float *bias,
                         floats sum = b + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[ROW] * w[3] + x[ROW + 1] * w[4] +
                                      x[ROW + 2] * w[5] + x[2 * ROW] * w[6] + x[2 * ROW + 1] * w[7] +
                                      x[2 * ROW + 2] * w[8];
-                        ints larger = ~(sum <= maximum); /* NaN too */
+                        ints larger = sum > maximum;
                         maximum = (floats)CHOOSE(larger, (ints)sum, (ints)maximum);
                         at = CHOOSE(larger, (ints){0} + number, at);
                     }
@@ -80,6 +92,7 @@ void conv_pool_relu(const float *images, const float *weight, const float *bias,
                 }
         }
     }
+    return usual;
 }
 
 /* Gradient of the output -> of weight and bias, as sums (threads, 10, channels): nine taps, then the bias. Each
@@ -128,7 +141,7 @@ void pool_relu(const element *input, element *output, uint8_t *place, int n, int
 #pragma GCC unroll 4
                 for (int number = 0; number < 4; number++) {
                     elements bits = *(const elements *)(x + (number / 2 * 2 * width + number % 2) * channels);
-                    elements positive = bits & ~(element)((element)1 << (8 * sizeof(element) - 1));
+                    elements positive = bits & POSITIVE;
                     bits = CHOOSE(positive > INFINITE, positive, bits); /* NaN of either sign is above all numbers */
                     elements larger = bits > maximum;
                     maximum = CHOOSE(larger, bits, maximum);

@@ -2,12 +2,17 @@
 
 import copy
 import os
+import shutil
+import stat
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SAMPLE, run_script
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import data
 import engine
@@ -39,12 +44,12 @@ def test_pooling_and_its_gradient_are_pytorchs_to_the_bit(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_block_and_its_gradients_are_pytorchs_but_for_rounding(dtype, sample):
     conv = models.build("cnn").conv1
-    images = data.normalise(sample["train"].images[:77])
+    images = data.normalise(sample["train"].images[:77], dtype)  # as a training does
     with autocast(dtype):
         output = kernels.fused_conv_relu_pool(conv, images)
     assert type(output.grad_fn).__name__ == "_ConvReluPoolBackward"
     assert output.dtype == dtype
-    expected = models.conv_relu_pool(conv, images)
+    expected = models.conv_relu_pool(conv, images.float())
     exact = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     torch.testing.assert_close(output.float(), expected, atol=1e-6, rtol=exact)
 
@@ -57,29 +62,146 @@ def test_the_first_block_and_its_gradients_are_pytorchs_but_for_rounding(dtype, 
         assert (a - b).norm() < 1e-3 * b.norm()
 
 
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+NANS = {  # of either sign, with all bits of the fraction or one
+    torch.float32: (0x7FFFFFFF, 0x7F800001, 0x7FC00000, -1, -0x7FFFFF),
+    torch.bfloat16: (0x7FFF, 0x7F81, 0x7FC0, -1, -0x7F),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_nan_is_passed_on_and_infinity_kept(dtype, sign):
-    x = torch.full((1, 32, 4, 4), -1.0, dtype=dtype)
-    x[0, 0, 0, 1] = sign * float("nan")
-    x[0, 1, 0, 1] = sign * float("inf")
-    output = kernels.fused_pool_relu(x.requires_grad_())
-    assert output[0, 0, 0, 0].isnan()
-    assert output[0, 1, 0, 0] == (float("inf") if sign > 0 else 0)
+@pytest.mark.parametrize("place", range(4))
+def test_pooling_passes_nan_on_and_keeps_infinity(dtype, place):
+    x = torch.full((1, 32, 2, 2), -1.0, dtype=dtype)
+    nans = NANS[dtype]
+    x[0, : len(nans), place // 2, place % 2] = torch.tensor(nans, dtype=BITS[dtype]).view(dtype)
+    x[0, len(nans), place // 2, place % 2] = float("inf")
+    x[0, len(nans) + 1, place // 2, place % 2] = -float("inf")
+    x[0, 0, 0, 0] = x[0, 0, place // 2, place % 2]
+    output = kernels.fused_pool_relu(x.requires_grad_())[0, :, 0, 0]
+    assert output[: len(nans)].isnan().all()
+    assert output[len(nans)] == float("inf")
+    assert (output[len(nans) + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_block_loses_no_nan_and_no_infinity(dtype):
     conv = models.build("cnn").conv1
+    images = torch.linspace(-1, 1, 2 * 28 * 28).reshape(2, 1, 28, 28)
+    images[:, :, 7] = 0
+    nans = torch.tensor(NANS[torch.float32], dtype=torch.int32).view(torch.float32)
     with torch.no_grad():
-        conv.weight[3] = float("nan")
+        conv.weight[: len(nans), 0, 0, 0] = nans
+        conv.weight[8, 0, 1, 1] = float("inf")  # NaN, infinity and numbers in one window
+        conv.weight[9] = 3e38  # finite, but not their sums
+        conv.bias[10] = nans[0]
+        conv.bias[11] = -float("inf")
     with autocast(dtype):
-        output = kernels.fused_conv_relu_pool(conv, torch.ones(2, 1, 28, 28))
-    assert output[:, 3].isnan().all()
-    assert output[:, :3].isfinite().all()
+        output, expected = kernels.fused_conv_relu_pool(conv, images), models.conv_relu_pool(conv, images)
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert torch.equal(output.isinf(), expected.isinf())
+    assert expected.isnan().sum((0, 2, 3))[:12].count_nonzero() == 7
+    images[0, 0, 3, 3] = nans[0]
+    with autocast(dtype):
+        output, expected = (f(conv, images) for f in (kernels.fused_conv_relu_pool, models.conv_relu_pool))
+    assert torch.equal(output.isnan(), expected.isnan())
+
+
+# --- what is fused, and what is left to PyTorch ------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(conv):
+    conv.forward = lambda x: 2 * F.conv2d(x, conv.weight, conv.bias, padding=1)
+    return conv
+
+
+def hooked(conv):
+    conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return conv
+
+
+def strided_weights(conv):
+    conv.weight = nn.Parameter(torch.randn(64, 1, 3, 3)[::2])
+    conv.bias = nn.Parameter(torch.randn(64)[::2])
+    return conv
+
+
+FUSED = {
+    "plain": lambda: nn.Conv2d(1, 32, 3, padding=1),
+    "same": lambda: nn.Conv2d(1, 64, 3, padding="same"),
+    "without a bias": lambda: nn.Conv2d(1, 32, 3, padding=1, bias=False),
+    "in strides": lambda: strided_weights(nn.Conv2d(1, 32, 3, padding=1)),
+}
+LEFT = {
+    "channels": lambda: nn.Conv2d(1, 5, 3, padding=1),
+    "stride": lambda: nn.Conv2d(1, 32, 3, padding=1, stride=2),
+    "padding": lambda: nn.Conv2d(1, 32, 3),
+    "more padding": lambda: nn.Conv2d(1, 32, 3, padding=2),
+    "dilation": lambda: nn.Conv2d(1, 32, 3, padding=2, dilation=2),
+    "dilation alone": lambda: nn.Conv2d(1, 32, 3, padding=1, dilation=2),
+    "kernel": lambda: nn.Conv2d(1, 32, 5, padding=1),
+    "a row": lambda: nn.Conv2d(1, 32, (1, 9), padding=1),
+    "reflect": lambda: nn.Conv2d(1, 32, 3, padding=1, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(1, 32, 3, padding=1, padding_mode="circular"),
+    "a subclass": lambda: Doubled(1, 32, 3, padding=1),
+    "another forward": lambda: replaced(nn.Conv2d(1, 32, 3, padding=1)),
+    "a hook": lambda: hooked(nn.Conv2d(1, 32, 3, padding=1)),
+    "pruned": lambda: prune.random_unstructured(nn.Conv2d(1, 32, 3, padding=1), "weight", 0.5),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(1, 32, 3, padding=1)),
+    "a sequence": lambda: nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.Tanh()),
+}
+
+
+def outcome(function, conv, x):
+    """The output and the gradients of a module's parameters, or the error that it ends in."""
+    conv.zero_grad()
+    torch.manual_seed(0)
+    try:
+        output = function(conv, x)
+    except RuntimeError as error:
+        return str(error)
+    (output * torch.randn(output.shape).to(output.dtype)).sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in conv.parameters())]
+
+
+@pytest.mark.parametrize("name", [*FUSED, *LEFT])
+def test_a_layer_trains_as_pytorch_computes_it(name):
+    torch.manual_seed(0)
+    conv = (FUSED | LEFT)[name]()
+    x = torch.randn(6, 1, 28, 28)
+    assert kernels._is_plain(conv) == (name in FUSED)
+    results = [outcome(function, conv, x) for function in (kernels.fused_conv_relu_pool, models.conv_relu_pool)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("images", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_layer_of_another_dtype_is_pytorchs(weights, images):
+    conv = nn.Conv2d(1, 32, 3, padding=1).to(weights)
+    x = torch.randn(2, 1, 28, 28).to(images)
+    ours, theirs = (outcome(f, conv, x) for f in (kernels.fused_conv_relu_pool, models.conv_relu_pool))
+    if weights != images:  # PyTorch refuses them, and so do we
+        assert isinstance(ours, str)
+        assert ours == theirs
+        return
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4) if weights == torch.float32 else None
+        assert weights == torch.float32 or torch.equal(a, b)
 
 
 def test_what_the_kernels_do_not_fit_is_left_to_pytorch():
-    conv = torch.nn.Conv2d(1, 5, 3, padding=1)
-    images = torch.randn(2, 1, 28, 28)
-    assert torch.equal(kernels.fused_conv_relu_pool(conv, images), models.conv_relu_pool(conv, images))
-    for x in (torch.randn(2, 32, 7, 7), torch.randn(2, 5, 8, 8), torch.randn(2, 32, 8, 8, dtype=torch.float64)):
+    conv = nn.Conv2d(1, 32, 3, padding=1)
+    for x in (torch.randn(2, 1, 30, 28), torch.randn(1, 28, 28), torch.zeros(0, 1, 28, 28)):
+        torch.testing.assert_close(kernels.fused_conv_relu_pool(conv, x), models.conv_relu_pool(conv, x))
+    sizes = [(2, 32, 7, 7), (2, 5, 8, 8), (32, 8, 8), (0, 32, 8, 8)]
+    for x in (*map(torch.randn, sizes), torch.randn(2, 32, 8, 8, dtype=torch.float64)):
         assert torch.equal(kernels.fused_pool_relu(x), F.relu(F.max_pool2d(x, 2)))
 
 
@@ -140,9 +262,128 @@ def test_a_model_with_kernels_evaluates_as_the_plain_one_and_has_its_weights(sam
     assert given.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_model_with_kernels_that_is_recorded_computes_what_the_plain_one_does(sample):
+    plain = models.build("cnn").eval()
+    given = copy.deepcopy(plain)
+    kernels.give(given, fused=True)
+    first, second = (data.normalise(sample["val"].images[start : start + 5]) for start in (0, 5))
+    recorded = torch.jit.trace(given, first)
+    torch.testing.assert_close(recorded(second), plain(second))
+
+
+# --- the library, and its compiler -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder in the place of .cache/kernels, for kernels of one dtype."""
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "kernels")
+    monkeypatch.setattr(kernels, "DTYPES", {torch.float32: ["-DFLOAT"]})
+    monkeypatch.setattr(kernels, "FLAGS", ["-O0", *kernels.FLAGS[1:]])  # compiled in less time
+    kernels.compiled.cache_clear()
+    yield tmp_path / "kernels"
+    kernels.compiled.cache_clear()
+
+
+def compile_again():
+    """As another process would; returns the libraries in the cache, and whether all of them can be used."""
+    kernels.compiled.cache_clear()
+    (library,) = kernels.compiled().values()
+    assert library.conv_pool_relu
+    return sorted(kernels.CACHE.iterdir())
+
+
+def truncate(path):
+    content = path.read_bytes()[:9000]  # loading it would end the process
+    path.unlink()  # this process has it loaded
+    path.write_bytes(content)
+
+
+def put_another(path):
+    path.unlink()
+    shutil.copy(Path(torch.__file__).with_name("lib") / "libtorch_global_deps.so", path)
+
+
+def open_to_others(path):
+    path.chmod(0o777)
+
+
+def of_another_user(path):
+    os.chown(path, 12345, 12345)
+
+
+def link(path):
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+@pytest.mark.parametrize("damage", [truncate, put_another, open_to_others, of_another_user, link])
+def test_a_library_that_cannot_be_trusted_is_compiled_anew(cache, damage, monkeypatch):
+    if damage is of_another_user and os.geteuid() != 0:
+        pytest.skip("only root can do that")
+    (path,) = compile_again()
+    before = path.stat().st_ino, path.read_bytes()
+    assert compile_again() == [path]
+    assert path.stat().st_ino == before[0]  # found, not compiled
+    damage(path)
+    assert path in compile_again()
+    assert (path.lstat().st_ino != before[0], path.read_bytes()) == (True, before[1])
+    assert (path.lstat().st_uid, stat.S_IMODE(path.lstat().st_mode)) == (os.geteuid(), 0o755)
+
+
+def test_a_pipe_or_a_library_that_cannot_be_loaded_is_compiled_anew(cache):
+    (path,) = compile_again()
+    stem = path.name.rpartition("-")[0]
+    os.mkfifo(cache / f"{stem}-0.so")
+    content = b"no library"
+    (cache / kernels._name(stem, content)).write_bytes(content)
+    assert path in compile_again()
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(kernels.KernelError, match=r"others can write to .*kernels, .* `chmod go-w` it"):
+        kernels.compiled()
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["env gcc", "gcc -m64", "'{folder}/my gcc' -pipe"])
+def test_a_compiler_with_words_after_it_is_used(command, cache, tmp_path, monkeypatch):
+    (tmp_path / "my gcc").symlink_to(shutil.which("gcc"))
+    monkeypatch.setenv("CC", command.format(folder=tmp_path))
+    assert len(compile_again()) == 1
+
+
+def script(path, lines):
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_that_hangs_or_writes_nonsense_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "TIMEOUT", 0.2)
+    nonsense = r"printf '\033[2J\377 no\n' >&2; exit 1"
+    cases = {
+        script(tmp_path / "slow", "exec sleep 60"): "slow did not compile kernels.c within 0.2 s",
+        script(tmp_path / "odd", nonsense): r"odd could not compile kernels.c: \\x1b\[2J. no",
+        "true": "true could not compile kernels.c: no message",
+        "gcc 'unfinished": "the variable CC, .*, is no command: No closing quotation",
+    }
+    for command, reason in cases.items():
+        monkeypatch.setenv("CC", command)
+        with pytest.raises(kernels.KernelError, match=reason):
+            kernels.compiled()
+        assert list(cache.glob("*")) == []
+
+
 # --- without a compiler ----------------------------------------------------------------------------------
 
-COMPILERS = [("/nowhere/cc", "/nowhere/cc"), ("false", "false could not compile kernels.c: no message")]
+COMPILERS = [
+    ("/nowhere/cc", "the C compiler of the variable CC, /nowhere/cc, was not found"),
+    ("false", "false could not compile kernels.c: no message"),
+]
 
 
 @pytest.mark.parametrize(("compiler", "reason"), COMPILERS)
