@@ -117,7 +117,8 @@ def brief(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    texts = [f"| {' | '.join(map(str, line))} |" for line in (head, *lines)]
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *lines)]
+    texts = [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([texts[0], "|---" * len(head) + "|", *texts[1:]]) + "\n"
 
 

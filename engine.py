@@ -22,8 +22,9 @@ import metrics
 from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, share
 from optim import build_optimizers, rate, set_rates
 from recipes import Recipe
-from runtime import distributed
+from runtime import adopt, distributed
 from runtime.errors import UserError
+from runtime.schema import Number, problem
 
 EVALUATION_BATCH = 256  # as published
 VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1, -1))  # of test-time augmentation: the
@@ -185,7 +186,7 @@ class Training:
         metric), "seconds", "images_per_second"}. Losses are in nats. Those of training are means over the epoch while
         the model changes, with dropout, augmentation and label smoothing. Seconds are of the whole epoch with its
         evaluation, images per second of the training alone. Without a `select` split there is no select figure.
-        Raises TrainingError when a loss is not finite.
+        Raises TrainingError when a loss is not finite, or the weights after an epoch cannot be used.
         """
         while not self.finished:
             stopped = self._train_epoch(progress, stop)
@@ -214,6 +215,8 @@ class Training:
             row |= {f"select_{name}": figure for name, figure in figures.items()}
         row["seconds"] = self.seconds + time.perf_counter() - start
         row["images_per_second"] = len(self._numbered.labels) / self.seconds
+        if fault := adopt.fault(self.model.eval()):  # such a checkpoint would be refused when it is read
+            raise TrainingError(f"the network of epoch {self.epoch} cannot be used: {fault}: try a smaller --lr")
         return row
 
     def _train_epoch(self, progress: Callable | None, stop: Callable[[], bool] | None) -> bool:
@@ -336,47 +339,73 @@ class Training:
 
         Raises KeyError, TypeError, ValueError or RuntimeError when it belongs to others.
         """
+        if any(tensor.dtype != state["weights"][name].dtype for name, tensor in self.model.state_dict().items()):
+            raise ValueError("the weights have other dtypes")  # PyTorch compares names and shapes alone
         self.model.load_state_dict(state["weights"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             _load_optimizer(optimizer, own)
+        if (state["scaler"] is None) != (self.scaler is None) or (state["images"] is None) != (not self.recipe.prune):
+            raise ValueError("the run scales its gradients, or leaves images out, and its state does not")
         if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
+            _load_scaler(self.scaler, state["scaler"])
         if self.recipe.prune:
-            losses, weights = state["images"]
-            self.image_losses.copy_(losses)
-            self._weigh(self.image_weights.copy_(weights))
+            self._load_images(*state["images"])
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
-        self._recent = [] if distributed.rank() else [self._uncounted(*kept) for kept in state["recent"]]
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
         if not (in_the_run and np.isfinite([self.loss, self.seconds]).all()):
             raise ValueError("its place lies outside of the run")
+        if len(state["recent"]) > self.step:
+            raise ValueError("more steps are not yet counted than were done")
+        self._recent = [] if distributed.rank() else [self._uncounted(*kept) for kept in state["recent"]]
+
+    def _load_images(self, losses: torch.Tensor, weights: torch.Tensor) -> None:
+        """Load what the images' losses and weights were, float32 (n,) each."""
+        if not _layout(losses) == _layout(weights) == _layout(self.image_losses):
+            raise ValueError("the images' losses have another layout")
+        if not (losses > 0).all() or not (weights >= 0).all() or not torch.isfinite(weights).all():
+            raise ValueError("the images' losses or weights are none")
+        self.image_losses.copy_(losses)
+        self._weigh(self.image_weights.copy_(weights))
 
     def _uncounted(
         self, loss: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, losses: torch.Tensor | None
     ) -> tuple:
         """Return what _step returned in a single process, from what state_dict holds of it."""
-        n, place = len(index), self.train.labels.device
-        if loss.dim() or logits.shape != (n, len(CLASSES)) or (losses is not None) != (self.recipe.prune > 0):
+        n, place, images = index.numel(), self.train.labels.device, len(self.train.labels)
+        shapes = [tuple(loss.shape), tuple(logits.shape), tuple(index.shape)]
+        fit = shapes == [(), (n, len(CLASSES)), (n,)] and (losses is None) == (not self.recipe.prune)
+        if not fit or not loss.is_floating_point() or not logits.is_floating_point() or index.dtype != torch.int64:
             raise ValueError("the steps not yet counted have another layout")
+        if not 0 < n <= self.recipe.batch_size or index.min() < 0 or index.max() >= images:
+            raise ValueError("the steps not yet counted are of other images")
         index = index.to(place)
-        kept = None if losses is None else losses.to(place).reshape(n)
+        kept = None if losses is None else losses.to(place).float().reshape(n)
         return loss.to(place), n, logits.to(place), self.train.labels[index], index, kept
 
 
 def _load_optimizer(optimizer: Any, own: dict) -> None:
     """Load an optimiser's state, once its tensors have the expected layout: the fused kernels do not check it.
 
-    A parameter that has never had a gradient has no state.
+    A parameter that has never had a gradient has no state, so entries may be missing.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     expected = {
         number: {name: _layout(torch.zeros(()) if name == "step" else parameter) for name in optimizer.STATE}
         for number, parameter in enumerate(parameters)
     }
-    if any({k: _layout(t) for k, t in own[n].items()} != expected.get(n) for n in own):
+    if any({name: _layout(t) for name, t in own[number].items()} != expected.get(number) for number in own):
         raise ValueError("the optimiser's tensors have another layout")
     optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _load_scaler(scaler: Any, own: dict[str, Any]) -> None:
+    """Load the state of a GradScaler: a positive scale, and how long it has been kept."""
+    usual = scaler.state_dict()
+    moving = {"scale": Number(1e-30), "_growth_tracker": Number(0, usual["growth_interval"], whole=True)}
+    if wrong := problem(own, {name: (value,) for name, value in usual.items()} | moving):
+        raise ValueError(f"the scale of the gradients: {wrong}")
+    scaler.load_state_dict(own)
 
 
 def _layout(tensor: torch.Tensor) -> tuple:
@@ -427,7 +456,7 @@ def average(answers: Iterable[torch.Tensor]) -> torch.Tensor:
 
     answers: logits float (n, 10) of views of the same images, or of models.
     """
-    probabilities = [logits.double().softmax(1) for logits in answers]
+    probabilities = [torch.from_numpy(metrics.probabilities(logits)) for logits in answers]
     return torch.stack(probabilities).mean(0).clamp(min=torch.finfo(torch.double).tiny).log()
 
 

@@ -7,6 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 from runtime.errors import UserError
+from runtime.schema import Number, Text
 
 
 class Recipe(NamedTuple):
@@ -76,13 +77,6 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
 }  # fmt: skip
 
-TEACHER = {"checkpoint": str, "sha256": str, "model": str, "select": str | None}
-FLAGS: dict[str, Any] = {  # what a run records of how it was trained, and of which types
-    "recipe": str,
-    **Recipe.__annotations__,
-    "deterministic": bool,
-    "teachers": [TEACHER | {"mean": float, "std": float}, TEACHER],  # the latter of earlier versions
-}
 PUBLISHED = {"mlp": 0.8714, "cnn": 0.9182}  # test accuracy of the published protocol, which selects on the test set
 DEFAULTS = {"mlp": "published", "cnn": "published", "resnet": "best"}  # the recipe of a model where none is asked for
 FALLBACK = "cnn"  # a model without its own row is trained by the row of this one
@@ -116,6 +110,32 @@ SELECTIONS = {
         "the last of {epochs} epochs is kept",
         "measured once, after training",
     ),
+}
+
+SHARE = Number(0, 1)
+SETTING = (bool, Number(-1000, 1000), Text())  # of an augmentation
+RANGES: dict[str, Any] = {  # of a recipe's values; a field without one here is of its type
+    "epochs": Number(1, 10_000, whole=True),
+    "batch_size": Number(1, 10**6, whole=True),
+    "optimizer": Text(),
+    **dict.fromkeys(("lr", "muon_lr", "weight_decay"), Number(0)),
+    **dict.fromkeys(("warmup", "dropout"), (SHARE, None)),
+    "loss": Text(),
+    "label_smoothing": SHARE,
+    "augment": {str: (*SETTING, [SETTING])},
+    "prune": Number(0, 0.999),
+    "distillation": SHARE,
+    "temperature": Number(0.001, 1000),
+    "select": tuple(SELECTIONS),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+}
+TEACHER = {"checkpoint": Text(4096), "sha256": Text(), "model": Text(), "select": (*SELECTIONS, None)}
+NORMALISED = {"mean": Number(), "std": Number(1e-30)}
+FLAGS: dict[str, Any] = {  # what a run records of how it was trained: kinds of runtime/schema.py
+    "recipe": Text(),
+    **(Recipe.__annotations__ | RANGES),
+    "deterministic": bool,
+    "teachers": [(TEACHER | NORMALISED, TEACHER)],  # the latter of earlier versions
 }
 
 

@@ -4,7 +4,7 @@ rows = runs.collect([Path("runs")])    # plain values, fit for JSON
 """
 
 import functools
-import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +17,10 @@ import metrics
 import models
 import recipes
 from analysis import alike
-from dataset import sources
+from dataset import published
 from runtime import cli
 from runtime.errors import UserError
+from training.record import read_history
 
 HISTORIES = "best_*_fmnist.json"
 FLAGS = ("select", "epochs", "batch_size")  # of train.py; --lr and --precision need more care
@@ -89,39 +90,30 @@ def _finished(folders: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path) -> Run | None:
     """Read one history; return None for a run that has not finished. Raises UserError for any other file."""
-    try:
-        history = json.loads(path.read_text())
-        flags = recipes.upgrade(history["flags"])
-        if history["status"] != "finished":
-            return None
-        if not isinstance(flags["recipe"], str) or flags["select"] not in recipes.SELECTIONS:
-            raise ValueError("flags that no version of train.py has written")
-        parts = [history, *history.get("resumed", [])]  # a resumed run may have had more cores, or fewer
-        return Run(
-            path=path,
-            model=history["model"],
-            seed=history["seed"],
-            flags=flags,
-            data=history["data"],
-            facts=_facts(history, flags),
-            accuracy=float(history["test"]["accuracy"]),
-            seconds=sum(float(epoch["seconds"]) for epoch in history["epochs"]),
-            cores=max(part.get("threads", 0) for part in parts),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{cli.shown(path)} is no history of a run of train.py") from None
+    history = read_history(path)
+    if history["status"] != "finished":
+        return None
+    return Run(
+        path=path,
+        model=history["model"],
+        seed=history["seed"],
+        flags=history["flags"],
+        data=published.named(history["data"], history.get("data_sha256")),
+        facts=_facts(history),
+        accuracy=float(history["test"]["accuracy"]),
+        seconds=sum(float(epoch["seconds"]) for epoch in history["epochs"]),
+        # a resumed run may have had more cores, or fewer
+        cores=max(part.get("threads", 0) for part in (history, *history["resumed"])),
+    )
 
 
-def _facts(history: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+def _facts(history: dict[str, Any]) -> dict[str, Any]:
     """Collect all that two runs of one row have in common."""
-    codes = [history.get("code"), *(each["code"] for each in history.get("resumed", []) if "code" in each)]
-    return alike.facts(flags, history) | {
+    codes = [history["code"], *(each["code"] for each in history["resumed"] if "code" in each)]
+    names = ("model", "classes", "train_images", "select_images", "processes")
+    return alike.facts(history["flags"], history) | {
         "code": codes if len(codes) > 1 else codes[0],  # it was edited while the run was interrupted
-        "model": history["model"],
-        "classes": list(history.get("classes", sources.CLASSES)),  # old histories are all of Fashion-MNIST's classes
-        "train_images": history["train_images"],
-        "select_images": history["select_images"],
-        "processes": history.get("processes", 1),
+        **{name: history[name] for name in names},
     }
 
 
@@ -193,7 +185,7 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
 
 def _is_published(model: str, flags: dict[str, Any], data: str) -> bool:
     """Say whether a run follows the published protocol, which chooses the best epoch on the test set."""
-    if flags["recipe"] != "published" or data != sources.NAME:
+    if flags["recipe"] != "published" or data != published.NAME:
         return False
     protocol = recipes.find("published", model)._replace(select="test")
     return flags == recipes.upgrade(protocol._asdict())
@@ -209,7 +201,7 @@ def command(model: str, flags: dict[str, Any]) -> str:
         words += [flag, str(flags[key])] if flags[key] != usual[key] else []
     words += ["--precision", flags["precision"]] if flags["precision"] != _precision(usual["precision"]) else []
     words += ["--deterministic"] if flags["deterministic"] else []
-    teachers = [teacher["checkpoint"] for teacher in flags["teachers"]]
+    teachers = [shlex.quote(teacher["checkpoint"]) for teacher in flags["teachers"]]
     return " ".join([*words, *(["--teacher", *teachers] if teachers else [])])
 
 

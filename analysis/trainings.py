@@ -30,10 +30,12 @@ import models
 import recipes
 import training.run
 from analysis import corruptions, explain, mistakes
+from recipes import SHARE
 from runtime import cli, device, files
 from runtime.code_key import code_key
 from runtime.errors import UserError
-from training.record import history_of
+from runtime.schema import Number, Text, problem
+from training.record import COUNT, HISTORY, history_of
 
 SEEDS = 5
 FOLDS = 5
@@ -41,6 +43,25 @@ FOLD_MODEL, FOLD_RECIPE, FOLD_EPOCHS = "cnn", "best", 10  # of the trainings tha
 FOLD_SEED = 5  # of the folds alone
 PROBABILITY = 10_000  # stands for a probability of 1 in a file
 KEPT = ("device", "threads", "kernels", "versions", "training_seconds", "train_images", "best_epoch")  # of a history
+
+LARGEST = 2**25  # bytes of a result
+FACTS = {"key": dict, "data": Text(), "precision": Text()} | {name: HISTORY[name] for name in KEPT}
+FOLD = FACTS | {"n": COUNT, "accuracy": SHARE, "probabilities": [Number(0, PROBABILITY, whole=True)]}
+FINDINGS = [
+    {"holds": bool, "measured": {key: {"share": (SHARE, None), str: object}, str: object}, str: object}
+    for key in mistakes.KEY_SHARES
+]
+SEED = FACTS | {
+    "n": COUNT,
+    "accuracy": SHARE,
+    "accuracy_ci95": [SHARE, SHARE],
+    "log_loss": Number(),
+    "ece": Number(),
+    "predicted": str,
+    "findings": (FINDINGS, None),
+    "robustness": dict.fromkeys(corruptions.KINDS, [SHARE] * 5),
+}
+MAP = {"key": str, "map": [[Number(-(10**9), 10**9, whole=True)] * 2]}
 
 Key = dict[str, Any]
 Result = dict[str, Any]
@@ -67,9 +88,9 @@ class Results:
         self.folder = Path(folder, fingerprint[:8])
         self.stale: set[str] = set()
 
-    def seeds(self) -> list[Result]:
-        """Return the results of the seed trainings, in the order of jobs()."""
-        found = [self.read(name, key) for name, key in seed_jobs().items()]
+    def seeds(self, n: int) -> list[Result]:
+        """Return the results of the seed trainings, of n test images, in the order of jobs()."""
+        found = [self.read(name, key, n) for name, key in seed_jobs().items()]
         return [result for result in found if result]
 
     def out_of_fold(self, n: int) -> np.ndarray | None:
@@ -79,15 +100,15 @@ class Results:
         """
         probabilities = np.zeros((n, len(data.CLASSES)))
         for index, (name, key) in zip(fold_indices(n), fold_jobs().items(), strict=True):
-            result = self.read(name, key)
+            result = self.read(name, key, len(index))
             if not result:
                 return None
             probabilities[index] = np.reshape(result["probabilities"], (len(index), -1)) / PROBABILITY
         return probabilities / probabilities.sum(1, keepdims=True)
 
-    def embedding(self, digest: str) -> np.ndarray | None:
+    def embedding(self, digest: str, n: int) -> np.ndarray | None:
         """Return the map float64 (n, 2) of the features of the checkpoint with that SHA-256, if it has been made."""
-        result = self.read(f"map-{digest[:8]}", digest)
+        result = self.read(f"map-{digest[:8]}", digest, n)
         return np.array(result["map"]) / 100 if result else None
 
     def embed(self, digest: str, features: torch.Tensor) -> None:
@@ -102,18 +123,23 @@ class Results:
         places = np.rint(explain.layout(features) * 100).astype(int)
         files.write_atomically(self._path(name), json.dumps({"key": digest, "map": places.tolist()}).encode())
 
-    def read(self, name: str, key: Key | str) -> Result | None:
-        """Return the result of that name, or None if there is none with this key."""
+    def read(self, name: str, key: Key | str, n: int | None = None) -> Result | None:
+        """Return the result of that name, of n images if they are known, or None if there is none with this key.
+
+        Raises DeepError where the file is damaged.
+        """
         path = self._path(name)
         try:
-            result = json.loads(path.read_text())
+            result = files.read_json(path, LARGEST)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise DeepError(f"{path}: {error}; delete it, and --deep makes it again") from None
+        except (OSError, UserError) as error:
+            raise DeepError(f"{error}; delete it, and --deep makes it again") from None
         if not isinstance(result, dict) or result.get("key") != key:
             self.stale.add(path.name)
             return None
+        if wrong := _problem(result, n):
+            raise DeepError(f"{cli.shown(path)}: {wrong}; delete it, and --deep makes it again")
         return result
 
     def write(self, name: str, key: Key, result: Result) -> None:
@@ -123,6 +149,26 @@ class Results:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def _problem(result: Result, n: int | None) -> str | None:
+    """Say what is wrong with a result, of n images if they are known, or return None."""
+    key = result["key"]
+    kind, values = (
+        (MAP, "map") if isinstance(key, str) else (FOLD, "probabilities") if "fold" in key else (SEED, "predicted")
+    )
+    if wrong := problem(result, kind):
+        return wrong
+    n, each = n or result.get("n"), len(data.CLASSES) if kind is FOLD else 1
+    if n is not None and (len(result[values]) != n * each or result.get("n", n) != n):
+        return f"{values} has {len(result[values]):,} values, not {n * each:,}"
+    if kind is SEED and not set(result[values]) <= set("0123456789"):
+        return "predicted is not a digit for each image"
+    if kind is FOLD:
+        sums = np.reshape(result[values], (-1, each)).sum(1)
+        if (abs(sums - PROBABILITY) > each).any():  # each is rounded
+            return "the probabilities of an image do not add up to 1"
+    return None
 
 
 # --- which trainings there are ---------------------------------------------------------------------------

@@ -1,17 +1,22 @@
-"""Files that are written whole or not at all.
+"""Files that are written whole or not at all, and read only if they are files, of a size that fits.
 
 digest = files.write_atomically("best.pt", content)
 files.write_json("history.json", history)
+content = files.read_bytes("best.pt", most=2**32)
 """
 
 import hashlib
+import io
 import json
+import math
 import os
+import secrets
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 
 MISTAKEN = (  # the first bytes of what is often saved in the place of a file that was to be downloaded, and what to do
     (rb"\s*$", "an empty file: copy or download it again"),
@@ -20,15 +25,71 @@ MISTAKEN = (  # the first bytes of what is often saved in the place of a file th
 )
 
 
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # an empty pipe must not block
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # through no link that someone else put there
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """Read a file of at most so many bytes. A pipe or a device could last for ever, or fill the memory.
+
+    Raises UserError where it is no regular file, or larger; OSError where it cannot be opened.
+    """
+    descriptor = os.open(path, READ)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device: name a file")
+    with open(descriptor, "rb") as file:
+        content = io.BytesIO()
+        while content.tell() <= most and (part := file.read(2**24)):  # read(most) would reserve as much memory at once
+            content.write(part)
+    if content.tell() > most:
+        raise UserError(f"{path}: larger than {most:,} bytes, the most that is read")
+    return content.getvalue()
+
+
+def read_json(path: str | Path, most: int) -> Any:
+    """Read a JSON file of at most so many bytes, as parse_json does.
+
+    Raises UserError where it is too large, no regular file, or no JSON; OSError where it cannot be opened.
+    """
+    content = read_bytes(path, most)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the value of JSON in UTF-8: with finite numbers, and no key twice. Raises ValueError, in one line."""
+    try:
+        return json.loads(content.decode(), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {one_line(error)[:200]}") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
 def write_atomically(path: str | Path, content: bytes) -> str:
     """Write bytes so that after a crash at any moment the path holds the old file or the new one, whole.
 
     Returns the SHA-256 of the content. Raises OSError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, NEW, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
 """compare.py as a user runs it, on finished runs of the sample; docs/results.md and the committed runs."""
 
+import functools
 import json
+import os
 import re
 import shutil
 from statistics import median
@@ -16,29 +18,41 @@ import models
 import recipes
 from analysis import plots
 from analysis import runs as comparison
-from dataset.sources import NAME
+from dataset.sources import CLASSES, NAME
+from runtime.errors import UserError
+from training.record import read_history
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 TEACHER = "resnet-best-0"
 
 
-def copy_run(trained, folder, model, flags=None, *, name=None, **changes):
-    """Write the history of a trained model into `folder`, with other flags and values, and as a model of that name."""
+def copy_run(trained, folder, model, flags=None, *, name=None, accuracy=None, seconds=None, **changes):
+    """Write the history of a trained model into `folder`, with other flags and values, and as a model of that name.
+
+    It has as many epochs as its flags say, each of so many seconds.
+    """
     run = json.loads((trained[0] / f"best_{model}_fmnist.json").read_text())
+    run |= changes | {"model": name or model, "flags": run["flags"] | (flags or {})}
+    row = {key: value for key, value in run["epochs"][0].items() if not key.startswith("select")}
+    row |= {} if seconds is None else {"seconds": seconds}
+    run["best_epoch"] = run["flags"]["epochs"]
+    run["epochs"] = [row | {"epoch": number + 1} for number in range(run["best_epoch"])]
+    run["test"] |= {} if accuracy is None else {"accuracy": accuracy}
     folder.mkdir(parents=True)
-    content = run | changes | {"model": name or model, "flags": run["flags"] | (flags or {})}
-    (folder / f"best_{content['model']}_fmnist.json").write_text(json.dumps(content))
+    path = folder / f"best_{run['model']}_fmnist.json"
+    path.write_text(json.dumps(run))
+    return path
 
 
 @pytest.fixture
 def runs(trained, tmp_path):
     """Three runs of the MLP of made-up accuracies, one of the CNN, and one that has not finished."""
     for name, model, changes in (
-        ("mlp-0", "mlp", {"seed": 0, "test": {"accuracy": 0.80}, "threads": 2, "epochs": [{"seconds": 30.0}] * 3}),
-        ("mlp-1", "mlp", {"seed": 1, "test": {"accuracy": 0.83}, "threads": 1, "epochs": [{"seconds": 50.0}] * 3}),
-        ("mlp-2", "mlp", {"seed": 2, "test": {"accuracy": 0.82}, "threads": 2, "epochs": [{"seconds": 28.0}] * 3}),
+        ("mlp-0", "mlp", {"seed": 0, "accuracy": 0.80, "threads": 2, "seconds": 30.0}),
+        ("mlp-1", "mlp", {"seed": 1, "accuracy": 0.83, "threads": 1, "seconds": 50.0}),
+        ("mlp-2", "mlp", {"seed": 2, "accuracy": 0.82, "threads": 2, "seconds": 28.0}),
         ("cnn-0", "cnn", {"threads": 1}),
-        ("cnn-1", "cnn", {"seed": 1, "status": "interrupted", "test": None}),
+        ("cnn-1", "cnn", {"seed": 1, "status": "interrupted"}),
     ):
         copy_run(trained, tmp_path / "runs" / name, model, **changes)
     return tmp_path / "runs"
@@ -49,7 +63,8 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
     finished = run_script("compare.py", runs, "--json", numbers, "--figures-dir", tmp_path / "figures")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
-    mlp, cnn = json.loads(numbers.read_text())["runs"]
+    written = json.loads(numbers.read_text())
+    mlp, cnn = written["runs"]
     values = np.array([0.80, 0.83, 0.82])
     assert mlp["seeds"] == [0, 1, 2]
     assert mlp["accuracy"] == pytest.approx(values.mean())
@@ -66,16 +81,13 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
     assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["frontier.png"]
     assert compare.markdown(compare.collect(runs)) in finished.stdout
+    assert written["literature"] == compare.literature()
 
 
-def test_the_literature_says_which_results_are_of_the_first_release(runs, tmp_path):
-    run_script("compare.py", runs, "--json", tmp_path / "numbers.json", "--figures-dir", tmp_path)
-    systems = json.loads((tmp_path / "numbers.json").read_text())["literature"]
-    assert systems == compare.literature()
+def test_the_literature_says_which_results_are_of_the_first_release():
     old = {"DenseNet-BC", "WRN-40-4", "WRN-28-10", "WRN-28-10, random erasing"}
-    assert {system["name"] for system in systems if system["old_release"]} == old
-    for name in old:
-        assert name in RESULTS
+    assert {system["name"] for system in compare.literature() if system["old_release"]} == old
+    assert all(name in RESULTS for name in old)
 
 
 def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
@@ -142,7 +154,7 @@ def test_a_teacher_is_its_weights_and_not_the_name_of_its_file(trained, tmp_path
 
 
 def test_the_same_run_twice_is_counted_once_with_a_notice(trained, runs, capsys):
-    copy_run(trained, runs / "mlp-9", "mlp", seed=2, test={"accuracy": 0.99})
+    copy_run(trained, runs / "mlp-9", "mlp", seed=2, accuracy=0.99)
     (mlp, _) = compare.collect(runs)
     assert (mlp["seeds"], mlp["accuracy"]) == ([0, 1, 2], pytest.approx(2.45 / 3))
     (notice,) = capsys.readouterr().err.splitlines()
@@ -172,7 +184,7 @@ def test_histories_of_every_version_are_compared(trained, runs):
         run = json.loads(path.read_text())
         flags = {key: value for key, value in run["flags"].items() if key not in ("augment", "loss", "teachers")}
         flags |= {"flip": False, "shift": 0, "erase": 0}
-        run["classes"] = list(comparison.sources.CLASSES)
+        run["classes"] = list(CLASSES)
         path.write_text(json.dumps(run | {"flags": flags, "data": NAME}))
     assert compare.collect(runs)[0]["seeds"] == [0, 1, 2]
 
@@ -206,14 +218,102 @@ def test_without_a_run_it_says_so(runs, tmp_path):
         tmp_path / "runs" / "mlp-0" / "best_mlp_fmnist.json",
     ):
         assert_one_line_error(run_script("compare.py", runs, folder), f"{folder.name} has no finished run")
-    for content in (
-        "{",
-        "[]",
-        '{"status": "finished", "flags": {}}',
-        '{"status": "finished", "flags": {"select": []}}',
-    ):
-        (runs / "cnn-1" / "best_cnn_fmnist.json").write_text(content)
-        assert_one_line_error(run_script("compare.py", runs), "cnn-1.*is no history")
+
+
+# --- histories that lie ----------------------------------------------------------------------------------
+
+
+def changed(run, place, value):
+    """Return a copy of a history with another value at a place such as "epochs.0.seconds"; ... removes it."""
+    run = json.loads(json.dumps(run))
+    *keys, last = [int(key) if key.isdigit() else key for key in place.split(".")]
+    part = functools.reduce(lambda part, key: part[key], keys, run)
+    part[last] = value
+    if value is ...:
+        del part[last]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "said"),
+    [
+        ("seed", ["x", None, [1], 0.5, -1, True, 2**32], "seed is .* not a whole number from 0 to 4,294,967,295"),
+        ("model", [["mlp"], None, "a\nb"], "model is .* not a text"),
+        ("data", [None, "a\nb", "\x1b[2J", "x" * 1000], "data is .* not a text"),
+        ("status", ["done", 1], 'status is .* not "running" or'),
+        ("temperature", [-1, 0, "1", 1e-320, [1], True], "temperature is .* not a number from 0.01 to 100 or null"),
+        ("test.accuracy", [7, -0.1, "0.5", None], "test.accuracy is .* not a number from 0 to 1"),
+        ("test", [None, 3, ...], "test"),
+        ("epochs.0.seconds", [-1, "1", 1e300], r"epochs\[0\].seconds is .* not a number from 0 to"),
+        ("epochs.1.epoch", [1, 7], "its epochs are not 1, 2, 3"),
+        ("epochs.1.select_accuracy", [0.5], "some of its epochs"),
+        ("epochs.2", [...], "it has 2 of 3 epochs, and is finished"),
+        ("epochs", [[], None, ...], "epochs|it lacks"),
+        ("best_epoch", [1, 0, -1, None, "x"], "best_epoch is"),
+        ("checkpoint_sha256", [None, 3], "checkpoint_sha256"),
+        ("classes", [[], list("aaaaaaaaaa"), [*"abcdefghi", "\n"]], "class"),
+        ("threads", [0, "2"], "threads is"),
+        ("resumed", [[{"epoch": 1}], [3], {}], "resumed"),
+        ("flags", [None, [], {}], "flags"),
+        ("flags.epochs", ["many", 0, 10**6, ...], "flags.*epochs"),
+        ("flags.lr", [-1, "x", [0.1]], "flags.lr is"),
+        ("flags.dropout", [2, "x"], "flags.dropout is"),
+        ("flags.batch_size", [0, 0.5], "flags.batch_size is"),
+        ("flags.select", [[], "nothing"], "flags.select is"),
+        ("flags.augment", [[], {"flip": {}}, {"flip": 1e9}], "flags"),
+        ("flags.teachers", [3, [3], [{"checkpoint": 1}], "x"], "flags"),
+        ("flags.unknown", [{}, [[[]]], "\n"], "flags.unknown is"),
+        ("more", [1], "it has .more., which does not belong there"),
+    ],
+)
+def test_an_edited_history_is_one_line(place, values, said, trained, tmp_path):
+    path = copy_run(trained, tmp_path / "mlp-0", "mlp")
+    run = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(changed(run, place, value)))
+        with pytest.raises(UserError, match=said) as error:
+            compare.collect(tmp_path)
+        assert str(error.value).isprintable()
+        assert re.search("mlp-0.*is no history of a run of train.py: .*; restore it, or move it away", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not JSON"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"seed": NaN}', "not JSON: NaN is no finite number"),
+        (b'{"seed": 1e999}', "not JSON: 1e999 is no finite number"),
+        (b'{"seed": 1, "seed": 2}', "not JSON: a key stands there twice"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[]", "is no history"),
+        (b" " * 2**24 + b"{}", "larger than"),
+        (None, "not a regular file"),
+    ],
+)
+def test_a_file_that_is_no_history_is_one_line(content, said, tmp_path):
+    (tmp_path / "mlp-0").mkdir()
+    path = tmp_path / "mlp-0" / "best_mlp_fmnist.json"
+    path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        compare.collect(tmp_path)
+    if content is None:
+        path.unlink()
+        os.mkfifo(path)
+        assert_one_line_error(run_script("compare.py", tmp_path), said)
+
+
+def test_names_break_neither_the_table_nor_a_shell(trained, tmp_path):
+    teacher = {"checkpoint": "a.pt; ls", "sha256": "1" * 64, "model": "cnn", "select": "last"}
+    flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "teachers": [teacher]}
+    copy_run(trained, tmp_path / "mlp-0", "mlp", flags, data="a|b")
+    rows = compare.collect(tmp_path)
+    assert rows[0]["command"].endswith(" --teacher 'a.pt; ls'")
+    for table in (compare.markdown(rows), compare.brief(rows)):
+        assert r", on a\|b" in table
+        assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
 
 
 # --- the committed runs ----------------------------------------------------------------------------------
@@ -285,7 +385,7 @@ def test_every_history_names_its_processor_and_has_an_epoch_a_line():
     assert len(paths) >= 51
     for path in paths:
         text = path.read_text()
-        run = json.loads(text)
+        run = read_history(path)
         assert "avx512_bf16" in run["processor"], path
         assert len(text.splitlines()) < len(run["epochs"]) + 40, path
-    assert set(models.MODELS) == {run["model"] for run in map(json.loads, (path.read_text() for path in paths))}
+    assert set(models.MODELS) == {read_history(path)["model"] for path in paths}

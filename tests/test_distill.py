@@ -1,8 +1,10 @@
 """training/distill.py: a student learns what its teachers answer, and a run remembers its teachers."""
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import SAMPLE, assert_one_line_error, run_script, six_views, stop_at_the_first_look
@@ -48,10 +50,41 @@ def test_answers_are_mean_probabilities_of_all_views_and_are_kept(sample, teache
     torch.testing.assert_close(answers.exp(), expected, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr(engine, "predict_logits", None)
     assert torch.equal(distill.answers(distill.describe(teachers), split), answers)
+
+
+def test_a_cached_answer_is_used_whole_or_not_at_all(sample, teachers, cache, monkeypatch, capsys):
+    split, described = sample["val"], distill.describe(teachers[1:])
+    answers = distill.answers(described, split)
     (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(TypeError):  # a damaged file is not used: the networks are asked again
-        distill.answers(distill.describe(teachers), split)
+    monkeypatch.setattr(distill, "_compute", lambda *_: answers.numpy())
+    good, key = file.read_bytes(), []
+    monkeypatch.setattr(
+        distill, "_sealed", lambda own, content, seal=distill._sealed: key.append(own) or seal(own, content)
+    )
+    distill.answers(described, split)
+    assert capsys.readouterr().err == ""
+    nan, ours = np.full((len(split.labels), 10), np.nan, np.float32).tobytes(), key[0]
+    for damaged in (
+        good[:1000],
+        good + b"x",
+        good[:40] + b"x" + good[41:],
+        distill._sealed("another key", good[32:]),
+        b"",
+    ):
+        file.write_bytes(damaged)
+        assert torch.equal(distill.answers(described, split), answers)
+        assert "is damaged: the teachers' answers are computed anew" in capsys.readouterr().err
+        assert file.read_bytes() == good
+    for sealed in (nan, nan[:-1], nan[:-40]):
+        file.write_bytes(distill._sealed(ours, sealed))
+        assert torch.equal(distill.answers(described, split), answers)
+    file.unlink()
+    os.mkfifo(file)
+    assert torch.equal(distill.answers(described, split), answers)
+    monkeypatch.setattr(distill, "_compute", lambda *_: answers.numpy() * np.nan)
+    file.unlink()
+    with pytest.raises(distill.TeacherError, match="are no numbers"):
+        distill.answers(described, split)
 
 
 def test_the_loss_is_hintons():

@@ -162,6 +162,10 @@ def test_weights_that_the_last_step_ruins_are_noticed_too(sample, monkeypatch):
     monkeypatch.setitem(metrics.METRICS, "refuses", refuses)
     with pytest.raises(engine.TrainingError, match=r"the loss became \w+ in the evaluation after epoch 1"):
         train(sample, "mlp", lr=1e38, batch_size=920)  # the only step's own loss is still finite
+    recipe = recipes.find("published", "mlp")._replace(lr=1e38, batch_size=920)
+    unselected = engine.Training(models.build("mlp"), sample["train"], None, recipe, seed=0)
+    with pytest.raises(engine.TrainingError, match=r"the network of epoch 1 cannot be used: .* not finite.*--lr"):
+        next(unselected.run())
 
 
 def test_a_recipe_names_its_loss_and_a_name_that_is_not_there_is_one_clear_line(sample, monkeypatch):

@@ -4,19 +4,23 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import struct
 import sys
+import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE, in_a_fork
+from conftest import ROOT, SAMPLE, in_a_fork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +36,9 @@ import models
 import predict
 import recipes
 import train
+from analysis import classify, composition, corruptions, mistakes, plots, trainings
 from dataset import sources
-from runtime import cli
+from runtime import cli, weights
 from runtime.errors import UserError
 from training import record
 
@@ -272,6 +277,151 @@ def archive(pickled, whole):
     return buffer.getvalue()
 
 
+def storage_of(call):
+    """Bytes of a file in which a function of PyTorch is called with a storage of four numbers."""
+    return to_file(Call("torch._utils", "_rebuild_tensor_v2", torch.zeros(4)._typed_storage(), *call, False, {}))
+
+
+def to_file(value, **options):
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def with_pickle(pickled):
+    return archive(b"\x80\x02" + pickled + b".", to_file(1))
+
+
+def with_parts(value, change):
+    """Bytes of a file whose parts, a list of (name, bytes), are changed."""
+    buffer, parts = io.BytesIO(), []
+    with zipfile.ZipFile(io.BytesIO(to_file(value))) as old:
+        parts = [(member.filename, old.read(member)) for member in old.infolist()]
+    with zipfile.ZipFile(buffer, "w") as new, warnings.catch_warnings(action="ignore"):
+        for name, part in change(parts):
+            new.writestr(name, part)
+    return buffer.getvalue()
+
+
+def key(*parts):
+    """A pickle with a tuple within tuples, twice at every level: its hash would take 2^60 steps."""
+    levels = b"".join(b"q%bh%b\x86" % (bytes([k]), bytes([k])) for k in range(60))
+    return with_pickle((b"K\x01" + levels).join(parts))
+
+
+def laughs(levels, width):
+    """Lists within lists, each of which is repeated."""
+    value = []
+    for _ in range(levels):
+        value = [value] * width
+    return value
+
+
+def loop():
+    value = []
+    value.append(value)
+    return value
+
+
+def old_format(pattern, other):
+    """A file of the old format with a tensor of three numbers, in which a part is replaced."""
+    whole = to_file(torch.ones(3), _use_new_zipfile_serialization=False)
+    changed, count = re.subn(pattern, lambda _: other, whole, flags=re.DOTALL)
+    assert count == 1
+    return changed
+
+
+ONES = struct.pack("<3f", 1, 1, 1)
+NO_NAMES = "its dicts have keys that are no names: refused, nothing was run"
+DAMAGED = "damaged, truncated or not a PyTorch checkpoint"
+LYING = {  # what a file holds, and what is said
+    "a tuple as key": (lambda: key(b"}", b"Ns"), NO_NAMES),
+    "a tuple as key of items": (lambda: key(b"ccollections\nOrderedDict\n(]", b"N\x86atR"), DAMAGED),
+    "a tuple as key, later": (lambda: key(b"ccollections\nOrderedDict\n)R", b"Ns"), NO_NAMES),
+    "a tuple as the key of a storage": (
+        lambda: key(b"(X\x07\0\0\0storagectorch\nFloatStorage\n", b"X\x03\0\0\0cpuK\x04tQ"),
+        DAMAGED,
+    ),
+    "keys of one hash": (
+        lambda: with_pickle(
+            b"}(" + b"".join(b"\x8a\x0a%bN" % ((k << 61) - k).to_bytes(10, "little") for k in range(10**5)) + b"u"
+        ),
+        DAMAGED,
+    ),
+    "a memo without a value": (lambda: with_pickle(b"j\xff\xff\xff\x7f"), DAMAGED),
+    "a mark too few": (lambda: with_pickle(b"K\x01t"), DAMAGED),
+    "values below a mark": (lambda: with_pickle(b"}K\x01(K\x02s"), DAMAGED),
+    "a storage as a value": (lambda: to_file([torch.zeros(4)._typed_storage()]), DAMAGED),
+    "a number without end": (lambda: to_file(10**100), DAMAGED),
+    "lists that repeat lists": (lambda: to_file(laughs(9, 9)), "holds more than weights and some logs"),
+    "a list in itself": (lambda: to_file(loop()), "holds more than 100 levels"),
+    "lists in lists": (lambda: to_file(laughs(200, 1)), "holds more than 100 levels"),
+    "a part twice": (
+        lambda: with_parts(torch.ones(3), lambda parts: parts + parts[-3:]),
+        "damaged: it holds 'archive/data/0' twice",
+    ),
+    "no storage": (lambda: with_parts(torch.ones(3), lambda parts: [p for p in parts if p[0][-2:] != "/0"]), DAMAGED),
+    "a short storage": (
+        lambda: with_parts(torch.ones(3), lambda parts: [(n, p[:8] if n[-2:] == "/0" else p) for n, p in parts]),
+        DAMAGED,
+    ),
+    "a long storage": (
+        lambda: with_parts(torch.ones(3), lambda parts: [(n, p * 2 if n[-2:] == "/0" else p) for n, p in parts]),
+        DAMAGED,
+    ),
+    "big-endian": (
+        lambda: with_parts(1, lambda parts: [(n, b"big" if "byteorder" in n else p) for n, p in parts]),
+        "of a big-endian machine: torch.save",
+    ),
+    "bytes as truth values": (lambda: to_file(torch.full((3,), 2, dtype=torch.uint8).view(torch.bool)), DAMAGED),
+    "a tensor too long": (lambda: storage_of((0, (5,), (1,))), DAMAGED),
+    "a tensor too wide": (lambda: storage_of((0, (2, 2), (3, 1))), DAMAGED),
+    "a tensor behind": (lambda: storage_of((4, (1,), (1,))), DAMAGED),
+    "a tensor before": (lambda: storage_of((-1, (1,), (1,))), DAMAGED),
+    "a step back": (lambda: storage_of((3, (4,), (-1,))), DAMAGED),
+    "a size below 0": (lambda: storage_of((0, (-1,), (1,))), DAMAGED),
+    "a size that overflows": (lambda: storage_of((0, (2**32, 2**32, 0), (0, 0, 0))), DAMAGED),
+    "terabytes": (lambda: to_file(torch.zeros(1).expand(10**12)), DAMAGED),
+    "1,000 dimensions": (lambda: to_file(torch.zeros([1] * 1000)), DAMAGED),
+    "old format, no keys": (lambda: old_format(rb"\]q\0X.{4}\d+q\x01a\.", b"]q\0."), DAMAGED),
+    "old format, no numbers": (lambda: old_format(re.escape(b"\3\0\0\0\0\0\0\0" + ONES), b""), DAMAGED),
+    "old format, other numbers": (lambda: old_format(b"\3\0\0\0\0\0\0\0", bytes(8)), DAMAGED),
+    "old format, too few numbers": (lambda: old_format(re.escape(ONES), ONES[1:]), DAMAGED),
+    "old format, a huge storage": (lambda: old_format(b"cpuq\4K\3", b"cpuq\4J\0\0\0\x7f"), DAMAGED),
+}
+
+
+@pytest.mark.parametrize("kind", LYING)
+def test_a_file_that_lies_about_its_content_is_refused_soon(kind):
+    make, said = LYING[kind]
+    content = make()
+    signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, LIMITS[signal.ITIMER_PROF])
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=rf"^a\.pt: {said}"):
+            weights.parse(Path("a.pt"), content)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def test_of_several_pickles_and_archives_in_a_file_the_one_that_was_checked_is_read():
+    """PyTorch itself finds parts whatever their case, and archives by other rules than Python."""
+    other = to_file("other")
+    with zipfile.ZipFile(io.BytesIO(other)) as opened:
+        hidden = opened.read("archive/data.pkl")
+    both = with_parts("checked", lambda parts: [("archive/DATA.PKL", hidden), *parts])
+    for content in (both, other + to_file("checked")):
+        assert weights.parse(Path("a.pt"), content) == "checked"
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    for name in ("pipe.pt", "zero.pt"):
+        with pytest.raises(checkpoint.CheckpointError, match=f"{name}: not a regular file"):
+            checkpoint.load(tmp_path / name)
+
+
 def checkpoint_cases(folder, count, chance, wrong):
     """Checkpoints with bytes, fields and pickles altered, given to evaluate.py."""
     folder.mkdir()
@@ -282,8 +432,7 @@ def checkpoint_cases(folder, count, chance, wrong):
     details = {"epoch": 3, "metrics": {"select_accuracy": 0.5}, "flags": flags, "seed": 7, "data": "sample"}
     whole = checkpoint.serialise(models.build("mlp"), name="mlp", **details)
     content = checkpoint.from_bytes(whole)
-    old_format = io.BytesIO()
-    torch.save(content["weights"], old_format, _use_new_zipfile_serialization=False)
+    old = to_file(content["weights"], _use_new_zipfile_serialization=False)
     with zipfile.ZipFile(io.BytesIO(whole)) as opened:
         (name,) = [name for name in opened.namelist() if name.endswith("data.pkl")]
         pickled = opened.read(name)
@@ -293,9 +442,7 @@ def checkpoint_cases(folder, count, chance, wrong):
     def with_value(place, value):
         altered = content | {"weights": dict(content["weights"])}
         (altered if place in altered else altered["weights"])[place] = value
-        buffer = io.BytesIO()
-        torch.save(altered, buffer, _use_new_zipfile_serialization=chance.random() < 0.9)
-        return buffer.getvalue()
+        return to_file(altered, _use_new_zipfile_serialization=chance.random() < 0.9)
 
     def cases():
         yield overlapping
@@ -310,15 +457,10 @@ def checkpoint_cases(folder, count, chance, wrong):
         while True:
             yield lambda: mutate(whole, chance)
             yield lambda: archive(mutate(pickled, chance), whole)
-            yield lambda: mutate(old_format.getvalue(), chance)
+            yield lambda: mutate(old, chance)
             yield lambda: with_value(chance.choice(fields), chance.choice(nasty))
             yield lambda: altered(checkpoint.from_bytes(whole), chance.choice(nasty), chance)
             yield lambda: archive(bytes(chance.choices(pickled, k=chance.randrange(1, 200))) + b".", whole)
-
-    def to_file(value):
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        return buffer.getvalue()
 
     same_hash = [b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(100_000)]
     raw = [b"]" * 60_000 + b"a" * 59_999, b"(" * 60_000 + b"t" * 60_000]
@@ -411,6 +553,152 @@ def test_malformed_states(tmp_path, tally, tries):
     results = in_a_fork(fuzz, state_cases, tmp_path / "run", 300 * tries)
     check(results, "malformed state of a run", tally)
     assert results["accepted"] < 0.5 * results["tries"]
+
+
+# --- histories and results -------------------------------------------------------------------------------
+
+NASTY_JSON = [None, True, -1, 0, 2**63, 10**400, 0.5, 1e308, -1e-320, "", "x" * 10**5, "two\nlines", "\x1b[2J", "|"]
+NASTY_JSON += [[], {}, [None] * 1000, [[[[]]]], {"a": {"b": 1}}, float("nan"), float("inf"), 7, "mlp", [1, 2]]
+
+
+def beside_a_checkpoint(folder, history):
+    """A file in a checkpoint's place, with a history beside it that says it is of that file."""
+    path = folder / "best_mlp_fmnist.pt"
+    path.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(history | {"checkpoint_sha256": digest}))
+    return path
+
+
+def json_cases(folder, count, chance, wrong):
+    """A history and a result of --deep with a value or their bytes altered, given to all that read them."""
+    (folder / "ece17261").mkdir(parents=True)
+    results = trainings.Results(folder, "ece17261")
+    history = json.loads((ROOT / "runs" / "mlp-val-0" / "best_mlp_fmnist.json").read_text())
+    path = beside_a_checkpoint(folder, history | {"temperature": 1.5})
+    deep = json.loads((ROOT / "runs" / "deep" / "ece17261" / "mlp-published-0.json").read_text())
+
+    def read_history():
+        if not 0.01 <= classify.temperature_of(path) <= 100:
+            wrong.append(path.with_suffix(".json").read_bytes()[:500])
+        compare.markdown(compare.collect(folder))
+        if (found := record.history_of(path)) and chance.random() < 0.1:  # it takes a tenth of a second
+            plots.training_curves(found)
+
+    def read_result():
+        if result := results.read("seed", deep["key"], 10_000):
+            mistakes.judge(result["findings"] or [], [result["findings"] or []] * 2)
+            if len(composition.as_digits(result["predicted"])) != 10_000:
+                wrong.append(result["predicted"][:500])
+            composition._robustness(("mlp", "published"), [result])
+
+    place = path.with_suffix(".json")
+    good = [(place, json.loads(place.read_text()), read_history), (results.folder / "seed.json", deep, read_result)]
+    for number in range(count):
+        file, content, read = good[number % 2]
+        text = json.dumps(with_nasty(content, chance)).encode()
+        text = mutate(text, chance) if number % 8 > 5 else text
+
+        def use(file=file, text=text, read=read):
+            file.write_bytes(text)
+            read()
+
+        yield f"{file.name} {number}", use
+
+
+def with_nasty(content, chance):
+    """A copy of a dict with something nasty somewhere in it."""
+    content = json.loads(json.dumps(content))
+    place, key = content, chance.choice(list(content))
+    while isinstance(place[key], dict | list) and place[key] and chance.random() < 0.9:
+        place = place[key]
+        key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
+    place[key] = chance.choice(NASTY_JSON)
+    return content
+
+
+def test_malformed_histories_and_results(tmp_path, tally, tries):
+    results = in_a_fork(fuzz, json_cases, tmp_path / "json", 200 * tries)
+    check(results, "malformed history or result", tally)
+    assert results["accepted"] < 0.5 * results["tries"]
+
+
+@pytest.mark.parametrize("temperature", [-1, 0, "1", 1e-320, [1], True, 1e9])
+def test_a_temperature_out_of_range_is_one_line(temperature, tmp_path):
+    history = json.loads((ROOT / "runs" / "mlp-val-0" / "best_mlp_fmnist.json").read_text())
+    assert classify.temperature_of(beside_a_checkpoint(tmp_path, history | {"temperature": 2.5})) == 2.5
+    path = beside_a_checkpoint(tmp_path, history | {"temperature": temperature})
+    with pytest.raises(UserError, match=r"best_mlp_fmnist\.json is no history.*temperature is .* from 0.01 to 100"):
+        classify.temperature_of(path)
+
+
+def test_a_history_that_cannot_be_read_is_one_line_and_one_of_another_file_does_not_count(tmp_path, capsys):
+    path = tmp_path / "best_mlp_fmnist.pt"
+    path.write_bytes(b"weights")
+    place = path.with_suffix(".json")
+    for content in (
+        b"[" * 100_000,
+        b"\xff",
+        b'{"log": NaN}',
+        b"[]",
+        json.dumps({"checkpoint_sha256": "0" * 64}).encode(),
+    ):
+        place.write_bytes(content)
+        assert classify.temperature_of(path) == 1
+        assert re.search("are not calibrated: .*no history of it is beside it", capsys.readouterr().err)
+    digest = hashlib.sha256(b"weights").hexdigest().encode()
+    for content in (b"[" * 100_000 + digest, digest, b'{"checkpoint_sha256": "%b"}' % digest, b" " * 2**24 + digest):
+        place.write_bytes(content)
+        with pytest.raises(UserError, match=r"is no history|larger than"):
+            classify.temperature_of(path)
+    place.unlink()
+    place.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="not a regular file"):
+        classify.temperature_of(path)
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(UserError, match="not a regular file"):
+        classify.temperature_of(path)
+
+
+def test_results_of_deep_trainings_that_lie_are_one_line(tmp_path):
+    results = trainings.Results(tmp_path, "01234567")
+    results.folder.mkdir()
+    facts = {"data": "x", "device": "cpu", "threads": 1, "kernels": "fused", "versions": {}, "training_seconds": 1.0}
+    facts |= {"train_images": 9, "best_epoch": 1, "precision": "float32", "n": 2, "accuracy": 0.5}
+    finding = {"holds": True, "measured": {key: {"share": 0.5} for key in mistakes.KEY_SHARES}}
+    robustness = {kind: [0.5] * 5 for kind in corruptions.KINDS}
+    seed = {"accuracy_ci95": [0, 1], "log_loss": 1.0, "ece": 0.1, "predicted": "07", "findings": [finding] * 4}
+    seed = facts | seed | {"robustness": robustness}
+    fold = facts | {"probabilities": [1000] * 20}
+    a_map = {"map": [[1, 2], [3, 4]]}
+    for name, key, good, lies in (
+        ("seed", {}, seed, [{"predicted": "0x"}, {"predicted": "\u0663" * 2}, {"predicted": "0" * 10**6}, {"n": 3}]),
+        ("seed", {}, seed, [{"accuracy": 7}, {"robustness": {}}, {"robustness": robustness | {"blur": [2] * 5}}]),
+        ("seed", {}, seed, [{"findings": [finding]}, {"findings": [finding | {"holds": "yes"}] * 4}, {"ece": "0"}]),
+        (
+            "fold",
+            {"fold": 1},
+            fold,
+            [{"probabilities": [0] * 20}, {"probabilities": [-1] * 20}, {"probabilities": [1]}],
+        ),
+        (
+            "map",
+            "0" * 64,
+            a_map,
+            [{"map": [[1, 2]]}, {"map": [[1, 2, 3]] * 2}, {"map": [[0.5, 1e300]] * 2}, {"more": 1}],
+        ),
+    ):
+        results.write(name, key, good)
+        assert results.read(name, key, 2)
+        for lie in lies:
+            results.write(name, key, good | lie)
+            with pytest.raises(trainings.DeepError, match=f"{name}.json: .*; delete it, and --deep makes it again"):
+                results.read(name, key, 2)
+    os.mkfifo(results.folder / "pipe.json")
+    with pytest.raises(trainings.DeepError, match=r"not a regular file.*; delete it"):
+        results.read("pipe", {})
+    assert results.read("missing", {}) is None
 
 
 # --- flags -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """No fault costs a run: whatever cuts it off, --resume finishes it bit-identical to an uninterrupted run."""
 
+import copy
 import ctypes
 import gzip
 import hashlib
@@ -24,7 +25,10 @@ from conftest import SAMPLE, in_a_fork, start_training, stop_at_the_first_look
 import checkpoint
 import data
 import engine
+import models
+import recipes
 from runtime import files
+from runtime.errors import UserError
 from training import record
 from training import run as training_run
 
@@ -415,6 +419,145 @@ def test_data_altered_between_runs(unfinished, harm, tally):
             path.write_bytes(before)
     harm.resume(unfinished, CNN)
     tally("data altered between runs", 6, harm.lost, harm.wrong + wrong)
+
+
+def of_another_run(content, history):
+    """Put in the best checkpoint of another run, with its digest."""
+    other = checkpoint.serialise(
+        models.build("cnn"),
+        name="cnn",
+        epoch=history["best_epoch"],
+        metrics={},
+        flags=history["flags"],
+        seed=7,
+        data="x",
+    )
+    content["best"] = torch.frombuffer(bytearray(other), dtype=torch.uint8)
+    history["checkpoint_sha256"] = hashlib.sha256(other).hexdigest()
+
+
+LIES = {  # what is done to a state and its history, and what the refusal says
+    "own name": (lambda state, _: state.update(kept="best_cnn_fmnist.pt"), "is not the name of an earlier checkpoint"),
+    "other folder": (lambda state, _: state.update(kept="../best_cnn_fmnist.01234567.pt"), "is not the name of an"),
+    "other file": (lambda state, _: state.update(kept="thesis.pt"), "is not the name of an earlier checkpoint"),
+    "another run's best": (of_another_run, "its best checkpoint is of another run"),
+    "no best": (lambda state, _: state.update(best=None), "do not belong together"),
+    "epoch": (lambda state, _: state["training"].update(epoch=3), "it is in epoch 3 with 1 epochs done"),
+    "seconds": (lambda state, _: state["training"].update(seconds=-1.0), "training.seconds is -1.0, not"),
+    "loss": (lambda state, _: state["training"].update(loss=float("nan")), "training.loss is nan, not"),
+    "recent": (lambda state, _: state["training"].update(recent=[[torch.zeros(1)] * 3]), r"recent\[0\] is a list, not"),
+    "flags": (lambda _, history: history["flags"].update(epochs=10**9), "flags.epochs is 1000000000, not"),
+    "more flags": (lambda _, history: history["flags"].update(more=1), "flags has .more., which does not"),
+    "rate": (lambda _, history: history["flags"].update(lr=-1.0), "flags.lr is -1.0, not"),
+    "row": (lambda _, history: history["epochs"][0].update(select_accuracy=7), "select_accuracy is 7, not"),
+    "temperature": (lambda _, history: history.update(temperature=-1), "temperature is -1, not"),
+    "recipe": (lambda _, history: history["flags"].update(recipe="gone"), "its recipe is not in recipes.py"),
+}
+
+
+def altered(folder, change):
+    path = folder / "unfinished_cnn_fmnist.pt"
+    content = checkpoint.from_bytes(path.read_bytes())
+    history = json.loads(content["history"].numpy().tobytes())
+    change(content, history)
+    content["history"] = torch.frombuffer(bytearray(json.dumps(history).encode()), dtype=torch.uint8)
+    path.write_bytes(checkpoint.to_bytes(content))
+
+
+def test_a_state_that_lies_is_refused_in_one_line(unfinished):
+    path = unfinished / "best_cnn_fmnist.pt"
+    altered(unfinished, lambda *_: None)
+    assert record.load_unfinished(path)
+    whole = (unfinished / "unfinished_cnn_fmnist.pt").read_bytes()
+    for change, why in LIES.values():
+        (unfinished / "unfinished_cnn_fmnist.pt").write_bytes(whole)
+        altered(unfinished, change)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{why}.*; move it away to start anew"):
+            record.load_unfinished(path)
+    assert refused(unfinished, "--resume", because="recipe is not in recipes.py")
+    for augment, why in (
+        ({"shift": "x"}, "augment is"),
+        ({"flip": [1, 2, 3]}, "too many"),
+        ({"spin": 1}, "is not in data.py"),
+    ):
+        with pytest.raises(UserError, match=f"state.pt.*{why}"):
+            training_run._try_augmentations(augment, "state.pt")
+
+
+def test_weights_and_sums_that_do_not_belong_to_a_training_are_refused(sample):
+    recipe = recipes.find("published", "mlp")._replace(epochs=2, prune=0.5)
+    training = engine.Training(models.build("mlp"), sample["train"], None, recipe, seed=0)
+    for _ in training.run(stop=lambda: training.step == 2):
+        pass
+    state = copy.deepcopy(training.state_dict())
+    training.load_state_dict(copy.deepcopy(state))
+    name = next(iter(state["weights"]))
+    loss, logits, index, losses = state["recent"][0]
+    ones = torch.ones(len(sample["train"].labels))
+    for lie in (
+        {"weights": state["weights"] | {name: state["weights"][name].double()}},
+        {"weights": {}},
+        {"optimizers": []},
+        {"optimizers": [{0: {"step": torch.tensor(1.0)}}]},
+        {"scaler": {}},
+        {"images": None},
+        {"images": [torch.tensor(1.0), torch.tensor(1.0)]},
+        {"images": [ones / 0, ones * 0]},
+        {"images": [ones, -ones]},
+        {"step": 10**6},
+        {"step": 1},  # fewer than are not yet counted
+        {"recent": [[loss, logits, index - 1000, losses]]},
+        {"recent": [[loss, logits, index.double(), losses]]},
+        {"recent": [[loss, logits, index.repeat(2), losses]]},
+        {"recent": [[loss, logits, index, None]]},
+    ):
+        with pytest.raises((KeyError, RuntimeError, ValueError)):
+            training.load_state_dict(copy.deepcopy(state | lie))
+
+
+def test_links_in_the_folder_of_a_run_lead_to_no_other_file(unfinished, tmp_path):
+    """The lock, the history, the state and what is kept: what a link leads to is neither written nor deleted."""
+    other, names = tmp_path / "thesis.txt", ("best_cnn_fmnist.json", "unfinished_cnn_fmnist.pt")
+    other.write_text("years of work")
+    lock = unfinished / ".best_cnn_fmnist.lock"
+    for link in (os.symlink, os.link):
+        link(other, lock)
+        with pytest.raises(record.RunError, match="is not the lock file of a training"):
+            record.sole_writer(unfinished / "best_cnn_fmnist.pt").__enter__()
+        lock.unlink()
+    states = {name: (unfinished / name).rename(tmp_path / name) for name in names}
+    (unfinished / names[0]).symlink_to(other)
+    (unfinished / names[1]).symlink_to(states[names[1]])
+    before = states[names[1]].read_bytes()
+    assert run(unfinished, CNN, "--resume") == 0, said(unfinished)
+    assert (other.read_text(), states[names[1]].read_bytes()) == ("years of work", before)
+
+
+def test_a_kept_history_is_never_replaced_by_another(tmp_path):
+    """A checkpoint may come again with another history, as that of a run that was interrupted."""
+    path = tmp_path / "best_cnn_fmnist.pt"
+    path.write_bytes(b"weights")
+    for history in ("finished", "interrupted", "finished"):
+        path.with_suffix(".json").write_text(history)
+        kept = record.keep_aside(path)
+        assert (kept.read_bytes(), kept.with_suffix(".json").read_text()) == (b"weights", history)
+    assert len(list(tmp_path.iterdir())) == 6  # each pair once
+    digest = hashlib.sha256(b"weightsinterrupted").hexdigest()[:16]
+    path.with_suffix(".json").write_text("interrupted")
+    (tmp_path / f"best_cnn_fmnist.{digest}.json").write_text("the user's")
+    with pytest.raises(record.RunError, match="move that away"):
+        record.keep_aside(path)
+
+
+def test_a_recipe_whose_checkpoint_could_not_be_read_is_refused_before_it_trains():
+    flags = {"recipe": "own", **recipes.find("published", "mlp")._asdict(), "deterministic": False, "teachers": []}
+    training_run.check_flags(flags, "recipes.py")
+    for values, why in (
+        ({"label_smoothing": -1}, "label_smoothing is -1, not"),
+        ({"select": "x"}, 'select is "x", not'),
+    ):
+        with pytest.raises(UserError, match=f"recipes.py: {why}"):
+            training_run.check_flags(flags | values, "recipes.py")
 
 
 def test_another_number_of_threads_is_reported_and_recorded(unfinished):

@@ -6,8 +6,8 @@ logits = distill.answers(teachers, train)              # float32 (n, 10), for en
 An answer is the mean over a few views of an image, mirrored and moved: one target for every view the student sees.
 """
 
+import contextlib
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Iterable
@@ -27,11 +27,11 @@ from recipes import upgrade
 from runtime import cli, distributed
 from runtime.device import dtype_name
 from runtime.errors import UserError, one_line
-from runtime.files import file_sha256, write_atomically
+from runtime.files import read_bytes, write_atomically
 from runtime.weights import AmbiguousError
 
 CACHE = cli.ROOT / ".cache" / "teachers"
-FORMAT = 3  # of the cached files
+FORMAT = 4  # of the cached files
 
 
 class TeacherError(UserError):
@@ -57,7 +57,9 @@ def describe(
         ) from None
     for path, (_, info) in zip(files, loaded, strict=True):
         select = upgrade(info["flags"])["select"] if "flags" in info else None
-        names = {"checkpoint": cli.shown(path), "sha256": file_sha256(path), "model": info["model"], "select": select}
+        if not (name := cli.relative(path)).isprintable():
+            raise TeacherError(f"{name}: a checkpoint cannot record this name: rename the teacher's file or its folder")
+        names = {"checkpoint": name, "sha256": info["sha256"], "model": info["model"], "select": select}
         values = info.get("normalisation", info)
         described.append(names | {"mean": values["mean"], "std": values["std"]})
     return described
@@ -83,18 +85,22 @@ def answers(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype
     others.
     """
     for teacher in teachers:
-        if file_sha256(teacher["checkpoint"]) != teacher["sha256"]:
+        _, info = _load(teacher)
+        if info["sha256"] != teacher["sha256"]:
             raise TeacherError(f"{teacher['checkpoint']} is no longer the teacher this run began with")
-        checkpoint.check_classes(teacher["checkpoint"], _load(teacher)[1], split)
+        checkpoint.check_classes(teacher["checkpoint"], info, split)
     networks = [[each["sha256"], each["model"], each.get("mean"), each.get("std")] for each in teachers]
-    key = [FORMAT, networks, data.fingerprint(split), dtype_name(precision)]
-    path = CACHE / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
-    logits = distributed.from_first(lambda: _read(path))
+    key = json.dumps([FORMAT, networks, data.fingerprint(split), dtype_name(precision)])
+    path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.answers"
+    logits = distributed.from_first(lambda: _read(path, key, len(split.labels)))
     if logits is None:
         logits = _compute(teachers, split, precision)
+        if not np.isfinite(logits).all():
+            raise TeacherError("the teachers' answers to some images are no numbers: take other teachers")
         if distributed.rank() == 0:
             try:
-                _write(path, logits)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, _sealed(key, logits.tobytes()))
             except OSError as error:  # the run does not need it
                 print(f"the teachers' answers are not cached: {one_line(error)}", file=sys.stderr)
     return torch.from_numpy(logits).to(split.labels.device)
@@ -110,15 +116,21 @@ def _compute(teachers: list[dict[str, Any]], split: Split, precision: torch.dtyp
     return engine.average(found).float().numpy()
 
 
-def _read(path: Path) -> np.ndarray | None:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+def _sealed(key: str, answers: bytes) -> bytes:
+    """Return what the cache holds: the SHA-256 of the key and the answers, and the answers."""
+    return hashlib.sha256(key.encode() + answers).digest() + answers
+
+
+def _read(path: Path, key: str, n: int) -> np.ndarray | None:
+    """Read the answers float32 (n, 10) that were cached for a key, or return None where these are not there, whole."""
+    if not path.exists():
         return None
-
-
-def _write(path: Path, logits: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, logits)
-    write_atomically(path, buffer.getvalue())
+    with contextlib.suppress(UserError, OSError):
+        content = read_bytes(path, 32 + n * len(data.CLASSES) * 4)
+        answers = content[32:]
+        if len(answers) == n * len(data.CLASSES) * 4 and content == _sealed(key, answers):
+            logits = np.frombuffer(answers, np.float32).reshape(n, -1).copy()
+            if np.isfinite(logits).all():
+                return logits
+    print(f"{cli.shown(path)} is damaged: the teachers' answers are computed anew", file=sys.stderr)
+    return None

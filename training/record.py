@@ -8,78 +8,113 @@ Each file is written whole or not at all, so a run that is cut off at any moment
 """
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
 import platform
+import re
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
 import recipes
-from data import DataError
+from data import CLASSES
 from dataset.sources import check_classes
 from engine import Training
+from runtime import cli
 from runtime import device as machine
 from runtime.code_key import code_key
-from runtime.errors import UserError
-from runtime.files import file_sha256, write_atomically, write_json
+from runtime.errors import UserError, one_line
+from runtime.files import file_sha256, parse_json, read_bytes, read_json, write_atomically, write_json
+from runtime.schema import Maybe, Number, Text, problem
 
 FORMAT = "fmnist-unfinished-3"
-ENVIRONMENT = {  # what the last bits depend on beside flags and data, and of which types
-    "device": str,
-    "processes": int,
-    "threads": int,
-    "processor": str,
-    "kernels": str,
-    "versions": dict,
-    "git": str | None,
-    "code": str | None,  # a key of the model's code, of runtime/code_key.py
+LARGEST = 2**32  # bytes of a checkpoint
+LARGEST_HISTORY = 2**24  # bytes: 10,000 epochs have a seventh of it
+COUNT, SECONDS = Number(0, 10**12, whole=True), Number(0, 1e12)
+ENVIRONMENT = {  # what the last bits depend on beside flags and data; kinds of runtime/schema.py, as everywhere here
+    "device": Text(),
+    "processes": Number(1, 10**6, whole=True),
+    "threads": Number(1, 10**6, whole=True),
+    "processor": Text(1000),
+    "kernels": Text(),
+    "versions": {str: Text()},
+    "git": (Text(), None),
+    "code": (Text(), None),  # a key of the model's code, of runtime/code_key.py
 }
-ORIGIN = {  # what is known of a run when it begins
-    "model": str,
-    "status": str,  # "running", then "finished", "interrupted" or "failed"
-    "seed": int,
+ORIGIN: dict[str, Any] = {  # what is known of a run when it begins
+    "model": Text(),
+    "status": ("running", "finished", "interrupted", "failed"),
+    "seed": Number(0, 2**32 - 1, whole=True),
     "flags": recipes.FLAGS,
-    "data": str,
-    "data_sha256": str | None,  # of the images and labels, of data.fingerprint
-    "classes": list,
-    "train_images": int,
-    "select_images": int,
+    "data": Text(),
+    "data_sha256": (Text(), None),  # of the images and labels, of data.fingerprint
+    "classes": [str],  # of dataset.sources.check_classes
+    "train_images": COUNT,
+    "select_images": COUNT,
     **ENVIRONMENT,
 }
-RESULTS: dict[str, tuple[Any, Any]] = {  # what the run adds: types, and the values at its beginning
-    "resumed": ([dict], []),  # for each time, the epoch and step, and what of the environment had changed
-    "checkpoint": (str, ""),
-    "checkpoint_sha256": (str | None, None),  # of the file; it says whether the two still belong together
-    "best_epoch": (int | None, None),
-    "epochs": ([dict], []),
-    "training_seconds": (float, 0.0),
-    "test": (None | dict, None),
-    "temperature": (None | float, None),  # calibrates the probabilities; fitted on the images that chose the epoch
+ROW = {  # an epoch
+    "epoch": COUNT,
+    "train_loss": Number(),
+    "train_accuracy": Number(0),  # where images are left out, the others count for more: it may exceed 1
+    "select_loss": Maybe(Number()),
+    "select_accuracy": Maybe(recipes.SHARE),
+    "seconds": SECONDS,
+    "images_per_second": Number(0),
+    str: Number(),  # other metrics
+}
+TEST = {
+    "n": Number(1, 10**12, whole=True),
+    "accuracy": recipes.SHARE,
+    "accuracy_ci95": [recipes.SHARE, recipes.SHARE],
+    "loss": Number(),
+    str: Number(),
+}
+RESUMED = {"epoch": COUNT, "step": COUNT} | {key: Maybe(kind) for key, kind in ENVIRONMENT.items()}
+RESULTS: dict[str, tuple[Any, Any]] = {  # what the run adds: kinds, and the values at its beginning
+    "resumed": ([RESUMED], []),  # for each time, the epoch and step, and what of the environment had changed
+    "checkpoint": (Text(), ""),
+    "checkpoint_sha256": ((Text(64), None), None),  # of the file; it says whether the two still belong together
+    "best_epoch": ((COUNT, None), None),
+    "epochs": ([ROW], []),
+    "training_seconds": (SECONDS, 0.0),
+    "test": ((TEST, None), None),
+    "temperature": ((Number(0.01, 100), None), None),  # calibrates; fitted on the images that chose the epoch
+}
+HISTORY = ORIGIN | {name: kind for name, (kind, _) in RESULTS.items()}
+REMOVED = {str: (bool, Number(), Text(), None)}  # flags that a recipe no longer has
+EARLIER: dict[str, Any] = {  # what the histories of earlier versions lack, where it is not in RESULTS
+    **dict.fromkeys(checkpoint.NEWER),
+    "classes": list(CLASSES),
+    "processor": "",
+    "processes": 1,
+    "kernels": "PyTorch",
 }
 STATE = {  # what Record.save writes, where the history is its JSON
-    "format": str,
-    "history": ORIGIN | {name: kind for name, (kind, _) in RESULTS.items()},
+    "format": FORMAT,
+    "history": HISTORY,
     "best": torch.Tensor | None,
-    "kept": str | None,
+    "kept": (Text(), None),
     "fingerprint": str,
     "training": {
         "weights": dict,
         "optimizers": [dict],
         "scaler": dict | None,
-        "epoch": int,
-        "step": int,
-        "images": list | None,
-        "recent": [list],
-        "correct": float,
-        "loss": float,
-        "seconds": float,
+        "epoch": COUNT,
+        "step": COUNT,
+        "images": ([torch.Tensor, torch.Tensor], None),
+        "recent": [[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]],
+        "correct": Number(0),
+        "loss": Number(),
+        "seconds": SECONDS,
     },
 }
 
@@ -131,8 +166,7 @@ class Record:
         Where nothing selects, the last epoch is the best. Returns whether this one is.
         """
         self.history["epochs"].append(row)
-        best = self.best_epoch
-        is_best = not best or "select_accuracy" not in row or row["select_accuracy"] > best["select_accuracy"]
+        is_best = _best(self.history["epochs"]) == row["epoch"]
         if is_best:
             history = self.history
             self._best_content = checkpoint.serialise(
@@ -170,7 +204,8 @@ class Record:
         changed = {key: (before[key], now[key]) for key in known if before[key] != now[key]}
         place = {key: saved["training"][key] for key in ("epoch", "step")}
         resumed = [*before["resumed"], place | {key: new for key, (_, new) in changed.items()}]
-        self.history = before | {"status": "running", "resumed": resumed, "data_sha256": now["data_sha256"]}
+        own = {key: now[key] for key in ("status", "data_sha256", "checkpoint")}
+        self.history = before | {"resumed": resumed, **own}
         self._seconds, self._started = before["training_seconds"], time.monotonic()
         self.kept = self.path.with_name(saved["kept"]) if saved["kept"] else None
         if not self._is_own():
@@ -194,22 +229,24 @@ class Record:
             unfinished_path(self.path).unlink(missing_ok=True)
         if not self.kept or not self.kept.exists():
             return False
-        place, history = self.path.with_suffix(self.kept.suffix), history_of(self.kept)
-        if status == "finished" and history and history["status"] == "finished" and self._repeats(self.kept):
+        if status == "finished" and self._repeats(self.kept):
             os.replace(self.kept, self.path)
             os.replace(history_path(self.kept), history_path(self.path))
             return True
-        if place.exists() and self.kept.read_bytes() == place.read_bytes():
-            self.kept.unlink()
-            history_path(self.kept).unlink(missing_ok=True)
+        places = {self.kept: self.path.with_suffix(self.kept.suffix), history_path(self.kept): history_path(self.path)}
+        copies = {copy: place for copy, place in places.items() if copy.exists()}
+        if all(place.exists() and filecmp.cmp(copy, place, shallow=False) for copy, place in copies.items()):
+            for copy in copies:
+                copy.unlink()
             return True
         return False
 
     def _repeats(self, other: Path) -> bool:
-        """Say whether another checkpoint has the flags and, to the bit, the weights of this run's best one."""
+        """Say whether another checkpoint is of a finished run with the flags and the very weights of this one."""
         with contextlib.suppress(UserError, OSError):
+            history = history_of(other)
             model, info = checkpoint.load(other)
-            if self._is_of(info) and info["epoch"] == self.history["best_epoch"]:
+            if history and history["status"] == "finished" and _is_best_of(info, self.history):
                 weights = self.best_weights
                 return all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         return False
@@ -221,17 +258,29 @@ class Record:
     def _is_own(self) -> bool:
         """Say whether the checkpoint at the path is of this run, or of one that is the same to the bit."""
         with contextlib.suppress(UserError, OSError):
-            return self._is_of(checkpoint.load(self.path)[1])
+            return _is_of(checkpoint.load(self.path)[1], self.history)
         return False
 
-    def _is_of(self, info: dict[str, Any]) -> bool:
-        """Say whether a checkpoint's description is that of this run."""
-        if "flags" not in info:
-            return False
-        own = self.history
-        info = info | {"flags": recipes.upgrade(info["flags"])}
-        same_data = None in (info["data_sha256"], own["data_sha256"]) or info["data_sha256"] == own["data_sha256"]
-        return same_data and all(info[key] == own[key] for key in ("model", "seed", "flags", "data", "classes"))
+
+def _best(rows: list[dict[str, Any]]) -> int | None:
+    """Return the number of the epoch that is kept: the most accurate one, or the last where nothing selects."""
+    if not rows or "select_accuracy" not in rows[-1]:
+        return len(rows) or None
+    return max(rows, key=lambda row: row["select_accuracy"])["epoch"]
+
+
+def _is_of(info: dict[str, Any], history: dict[str, Any]) -> bool:
+    """Say whether a checkpoint's description is that of a run."""
+    if "flags" not in info:
+        return False
+    info = info | {"flags": recipes.upgrade(info["flags"])}
+    same_data = None in (info["data_sha256"], history["data_sha256"]) or info["data_sha256"] == history["data_sha256"]
+    return same_data and all(info[key] == history[key] for key in ("model", "seed", "flags", "data", "classes"))
+
+
+def _is_best_of(info: dict[str, Any], history: dict[str, Any]) -> bool:
+    """Say whether a checkpoint's description is that of a run's best epoch."""
+    return _is_of(info, history) and info["epoch"] == history["best_epoch"]
 
 
 def _to_tensor(content: bytes) -> torch.Tensor:
@@ -242,10 +291,6 @@ def _from_tensor(tensor: torch.Tensor) -> bytes:
     if not tensor.is_contiguous() or tensor.dtype != torch.uint8:
         raise ValueError("not bytes")
     return tensor.numpy().tobytes()
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} in the history")
 
 
 def environment(model: str, device: torch.device, *, processes: int, fused: bool) -> dict[str, Any]:
@@ -270,12 +315,14 @@ def sole_writer(path: str | Path) -> Iterator[None]:
     """
     path = Path(path)
     file = path.with_name(f".{path.stem}.lock")
+    if os.path.lexists(file) and not (stat.S_ISREG((found := file.lstat()).st_mode) and found.st_nlink == 1):
+        raise RunError(f"{cli.shown(file)} is not the lock file of a training, but a link, say: remove it")
     try:
         lock = FileLock(file).acquire(blocking=False)
     except Timeout:
         raise RunError(
-            f"another training ({file.read_text() or 'just begun'}) is writing {path}: wait for its end, or give this "
-            "one another --checkpoint-dir"
+            f"another training ({_holder(file)}) is writing {path}: wait for its end, or give this one another "
+            "--checkpoint-dir"
         ) from None
     with lock:
         file.write_text(f"process {os.getpid()} on {platform.node()}")
@@ -286,6 +333,12 @@ def sole_writer(path: str | Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+def _holder(file: Path) -> str:
+    with contextlib.suppress(UserError, OSError):
+        return one_line(read_bytes(file, 1000).decode(errors="replace")) or "just begun"
+    return "not known"
 
 
 def unfinished_path(path: str | Path) -> Path:
@@ -299,22 +352,44 @@ def load_unfinished(path: str | Path) -> dict[str, Any] | None:
 
     Raises checkpoint.CheckpointError when the file is damaged or something else.
     """
-    path = unfinished_path(path)
-    if not path.exists():
+    path, place = Path(path), unfinished_path(path)
+    if not place.exists():
         return None
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(place)
     try:
-        history = dict.fromkeys(checkpoint.NEWER) | json.loads(_from_tensor(saved["history"]), parse_constant=_refuse)
+        return _state(path, saved)
+    except (RuntimeError, TypeError, UserError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{cli.shown(place)}: not an unfinished run of this version: {one_line(error)}; move it away to start anew"
+        ) from None
+
+
+def _state(path: Path, saved: Any) -> dict[str, Any]:
+    """Return the state of an unfinished run in today's form, checked. Raises UserError, ValueError, TypeError."""
+    if wrong := problem(saved, {"format": FORMAT, "history": torch.Tensor, str: object}):
+        raise ValueError(wrong)
+    history = parse_json(_from_tensor(saved["history"]))
+    _upgraded(history)  # a check alone: with its keys in another order, the run would write other bytes
+    history = dict.fromkeys(checkpoint.NEWER) | history
+    if isinstance(saved.get("training"), dict):
         saved = saved | {"history": history, "training": {"recent": []} | saved["training"]}
-        best, digest = saved["best"], saved["history"]["checkpoint_sha256"]
-        whole = hashlib.sha256(_from_tensor(best)).hexdigest() == digest if digest else best is None
-        known = saved["history"]["flags"]["recipe"] in recipes.RECIPES
-        check_classes(saved["history"]["classes"])
-        if saved["format"] == FORMAT and whole and known and checkpoint.fits(saved, STATE):
-            return saved
-    except (AttributeError, DataError, KeyError, RuntimeError, TypeError, ValueError):
-        pass
-    raise checkpoint.CheckpointError(f"{path}: not an unfinished run of this version; move it away to start anew")
+    if wrong := problem(saved, STATE):  # which has just the flags of today
+        raise ValueError(wrong)
+    if history["flags"]["recipe"] not in recipes.RECIPES:
+        raise ValueError("its recipe is not in recipes.py")
+    if len(history["epochs"]) != saved["training"]["epoch"] - 1:
+        raise ValueError(f"it is in epoch {saved['training']['epoch']} with {len(history['epochs'])} epochs done")
+    copy = rf"{re.escape(path.stem)}\.[0-9a-f]{{8,16}}\.(pt|json)"  # of keep_aside: no other file is this run's to move
+    if saved["kept"] and not re.fullmatch(copy, saved["kept"]):
+        raise ValueError(f"{saved['kept']!r} is not the name of an earlier checkpoint")
+    if (saved["best"] is None) != (history["best_epoch"] is None):
+        raise ValueError("its best checkpoint and its epochs do not belong together")
+    if saved["best"] is not None:
+        content = _from_tensor(saved["best"])
+        _, info = checkpoint.from_content(path, content)
+        if hashlib.sha256(content).hexdigest() != history["checkpoint_sha256"] or not _is_best_of(info, history):
+            raise ValueError("its best checkpoint is of another run")
+    return saved
 
 
 def history_path(path: str | Path) -> Path:
@@ -325,28 +400,100 @@ def history_path(path: str | Path) -> Path:
 def keep_aside(path: str | Path) -> Path | None:
     """Copy a checkpoint and its history, where there are any, to a name with the first digits of the SHA-256.
 
-    The name depends on the content alone: however often a run is repeated, a checkpoint is kept once. It is a copy, so
-    that the file stays at its name too, until the new one, complete, takes its place.
+    The name depends on the contents alone: a checkpoint is kept once with each history, however often it is repeated.
+    It is a copy, so that the file stays at its name too, until the new one, complete, takes its place.
     Returns the new path of the checkpoint, or of the history where that stood alone, or None where there is nothing.
+    Raises RunError where every name for it is another file's.
     """
     path = Path(path)
     present = [old for old in (path, history_path(path)) if old.exists()]
+    contents = [read_bytes(old, LARGEST) for old in present]
     if not present:
         return None
-    digest = file_sha256(present[0])[:8]
-    kept = [old.with_suffix(f".{digest}{old.suffix}") for old in present]
-    for old, new in zip(present, kept, strict=True):
-        write_atomically(new, old.read_bytes())
-    return kept[0]
+    for digits in (_digest(contents[0])[:8], _digest(b"".join(contents))[:16]):
+        kept = [old.with_suffix(f".{digits}{old.suffix}") for old in present]
+        free = [not os.path.lexists(new) for new in kept]
+        if all(
+            each or read_bytes(new, LARGEST) == content for each, new, content in zip(free, kept, contents, strict=True)
+        ):
+            for new, content in zip(kept, contents, strict=True):
+                if not os.path.lexists(new):
+                    write_atomically(new, content)
+            return kept[0]
+    raise RunError(f"{cli.shown(path)} cannot be kept as {cli.shown(kept[0])}, where another file is: move that away")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# --- histories -------------------------------------------------------------------------------------------
 
 
 def history_of(path: str | Path) -> dict[str, Any] | None:
-    """Return the history of the run that wrote this checkpoint, or None; the history of another run does not count."""
-    path = Path(path)
+    """Return the history of the run that wrote this checkpoint, as it stands beside it, or None.
+
+    The history of another run does not count, nor does a file that is no history.
+    Raises UserError where the file says that it is of this checkpoint and is damaged, or cannot be read.
+    """
+    place = history_path(path)
+    if not place.exists() or not Path(path).is_file():
+        return None
+    content, digest = read_bytes(place, LARGEST_HISTORY), file_sha256(path)
+    if digest.encode() not in content:
+        return None
     try:
-        history = json.loads(history_path(path).read_text())
-        if history["checkpoint_sha256"] == file_sha256(path):
-            return history
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+        history = parse_json(content)
+        own = isinstance(history, dict) and history.get("checkpoint_sha256") == digest
+        return history if own and _upgraded(history) else None
+    except ValueError as error:
+        raise _damaged(place, error) from None
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Read a history in today's form, with all that earlier versions lack. Raises UserError where it is none."""
+    content = read_json(path, LARGEST_HISTORY)
+    try:
+        return _upgraded(content)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: ValueError) -> UserError:
+    return UserError(f"{cli.shown(path)} is no history of a run of train.py: {error}; restore it, or move it away")
+
+
+def _upgraded(history: Any) -> dict[str, Any]:
+    """Return a history in today's form, checked. Raises ValueError, in one line."""
+    if not isinstance(history, dict) or not isinstance(history.get("flags"), dict):
+        raise ValueError("it has no flags")
+    try:
+        flags = recipes.upgrade(history["flags"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError("its flags are those of no version") from None
+    beginning = {name: value for name, (_, value) in RESULTS.items() if name in ("resumed", "temperature")}
+    history = EARLIER | beginning | history | {"flags": flags}
+    if wrong := problem(history, HISTORY | {"flags": recipes.FLAGS | REMOVED}) or _contradiction(history):
+        raise ValueError(wrong)
+    return history
+
+
+def _contradiction(history: dict[str, Any]) -> str | None:
+    """Say what in a history of the right form contradicts the rest of it, or return None."""
+    rows, finished = history["epochs"], history["status"] == "finished"
+    try:
+        if list(check_classes(history["classes"])) != history["classes"]:
+            return "its classes are not names"
+    except UserError as error:
+        return str(error)
+    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        return "its epochs are not 1, 2, 3 and so on"
+    if len(rows) > history["flags"]["epochs"] or (finished and len(rows) < history["flags"]["epochs"]):
+        return f"it has {len(rows)} of {history['flags']['epochs']} epochs, and is {history['status']}"
+    if len({key in row for row in rows for key in ("select_loss", "select_accuracy")}) > 1:
+        return "some of its epochs have a select_loss and a select_accuracy, others not"
+    if history["best_epoch"] != _best(rows):
+        return f"best_epoch is {history['best_epoch']}, and by its epochs it is {_best(rows)}"
+    if (history["checkpoint_sha256"] is None) != (not rows) or (finished and not history["test"]):
+        return "it lacks a checkpoint_sha256 or its test"
     return None

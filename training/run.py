@@ -7,6 +7,7 @@ train.py does just this with its flags; analysis/trainings.py does it many times
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import signal
@@ -28,7 +29,7 @@ import models
 import recipes
 from runtime import cli, device, distributed, kernels
 from runtime.errors import UserError, one_line
-from runtime.files import file_sha256
+from runtime.schema import problem
 from training import distill, record, trial
 from training.record import Record, RunError, history_path, unfinished_path
 
@@ -109,13 +110,19 @@ def find(request: Request, target: torch.device, stack: contextlib.ExitStack) ->
     resume = request.resume or distributed.restarted()
     if saved and not resume:
         raise RunError(_unfinished(request.path, saved))
-    earlier = saved["history"] if saved else record.history_of(request.path)
+    if saved and saved["history"]["model"] != request.model:
+        raise RunError(f"{cli.shown(unfinished_path(request.path))} holds a run of another model: move it away")
+    earlier = saved["history"] if saved else record.history_of(request.path) if resume else None
     asked = _asked_for(request, target, saved["history"]["flags"]["recipe"] if saved else None)
-    if earlier and (saved or (resume and earlier["status"] == "finished")):
+    if earlier and (saved or earlier["status"] == "finished"):
         begun = recipes.upgrade(earlier["flags"]) | {"seed": earlier["seed"]}
         other = [key for key in asked if asked[key] != begun.get(key)]
+        if not other and saved:
+            check_flags(earlier["flags"], unfinished := cli.shown(unfinished_path(request.path)))
+            _try_augmentations(earlier["flags"]["augment"], unfinished)
+            return Plan(earlier["flags"], earlier["seed"], saved)
         if not other:
-            return Plan(earlier["flags"], earlier["seed"], saved) if saved else None
+            return None
         if saved:
             raise RunError(_another_run(other[0], begun, asked))
     if request.resume:
@@ -156,13 +163,28 @@ def _new_run(request: Request, target: torch.device, asked: dict[str, Any]) -> P
     precision = device.dtype_name(device.pick_precision(recipe.precision, target))
     seed = asked.pop("seed", 0)
     flags = {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False, "teachers": []} | asked
-    if flags["select"] not in recipes.SELECTIONS:
-        raise UserError(f"recipes.py: select {flags['select']!r} is none of {', '.join(recipes.SELECTIONS)}")
-    if bool(flags["teachers"]) != bool(recipe.distillation):
+    flags = json.loads(json.dumps(flags))  # as they are read back
+    check_flags(flags, "recipes.py")
+    return Plan(flags, seed, None)
+
+
+def check_flags(flags: dict[str, Any], place: str) -> None:
+    """Raise UserError for flags by which no run can be trained and read back; place: what the error names."""
+    if wrong := problem(flags, recipes.FLAGS):
+        raise UserError(f"{place}: {wrong}")
+    if bool(flags["teachers"]) != bool(flags["distillation"]):
         raise distill.TeacherError("--recipe distilled and --teacher CHECKPOINT go together")
     if flags["select"] == "val" and any(teacher["select"] != "val" for teacher in flags["teachers"]):
         raise distill.TeacherError("--select val: a teacher was trained on the validation images and would reveal them")
-    return Plan(flags, seed, None)
+
+
+def _try_augmentations(values: dict[str, Any], place: str) -> None:
+    """Raise UserError where the augmentations that a file records cannot be applied; place: what the error names."""
+    data.check_values(values, f"{place}: ")
+    try:
+        data.augment(torch.zeros(1, 28, 28, dtype=torch.uint8), values)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{place}: augment is {json.dumps(values)[:100]}: {one_line(error)}") from None
 
 
 def _unfinished(path: Path, saved: dict[str, Any]) -> str:
@@ -330,8 +352,8 @@ class Run:
         """Load the weights that this run has written. Where they are gone, it saves itself first: nothing is lost."""
         path = self.request.path
         try:
-            model, _ = checkpoint.load(path)
-            if file_sha256(path) != self.record.history["checkpoint_sha256"]:
+            model, info = checkpoint.load(path)
+            if info["sha256"] != self.record.history["checkpoint_sha256"]:
                 raise RunError(f"{cli.shown(path)} was replaced during the run; --resume writes and measures it again")
             self.model.load_state_dict(model.state_dict())
             trial.compare(self.request.model, self.model, model, self.test)
@@ -355,7 +377,7 @@ class Run:
             print(f"epoch {best['epoch']} is in {files}")
 
     def _interruption(self) -> str:
-        test = f"; to test what there is: {cli.command('evaluate.py', cli.shown(self.request.path))}"
+        test = f"; to test what there is: {cli.command('evaluate.py', cli.relative(self.request.path))}"
         return (
             f"interrupted {place(self.training)}, and saved; to continue: {resume_command(self.request)}"
             f"{test if self.record.best_epoch else ''}"
@@ -463,7 +485,8 @@ def resume(saved: dict[str, Any], training: engine.Training, kept: Record, finge
     Raises RunError where the data are others, or where the state does not fit.
     """
     unfinished = cli.shown(unfinished_path(kept.path))
-    if saved["fingerprint"] != fingerprint:
+    same = all(saved["history"][key] == kept.history[key] for key in ("classes", "train_images", "select_images"))
+    if saved["fingerprint"] != fingerprint or not same:
         raise RunError(
             f"the images are not those {unfinished} began with: use its --data-dir again, or delete it to start anew"
         )
@@ -493,7 +516,7 @@ def resume_command(request: Request) -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun, on this machine
     words = ["--model", request.model, "--resume"]
     if request.checkpoint_dir != cli.CHECKPOINTS:
-        words += ["--checkpoint-dir", cli.shown(request.checkpoint_dir)]
+        words += ["--checkpoint-dir", cli.relative(request.checkpoint_dir)]
     if request.data_dir:
         words += ["--data-dir", str(request.data_dir)]
     if request.other_data:
@@ -501,7 +524,7 @@ def resume_command(request: Request) -> str:
     if not processes:
         return cli.command("train.py", *words)
     torchrun = "torchrun" if cli.python() == "python" else f"{cli.python()} -m torch.distributed.run"
-    return f"{torchrun} {shlex.join([f'--nproc-per-node={processes}', cli.shown(cli.ROOT / 'train.py'), *words])}"
+    return f"{torchrun} {shlex.join([f'--nproc-per-node={processes}', cli.relative(cli.ROOT / 'train.py'), *words])}"
 
 
 def header(recipe: recipes.Recipe) -> str:
