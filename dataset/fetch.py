@@ -1,15 +1,19 @@
-"""Download Fashion-MNIST: from the publisher's two sites, or as the package of Debian and Ubuntu, without root.
+"""Download Fashion-MNIST: from two sites over HTTPS, or as the package of Debian and Ubuntu, without root.
 
 arrays = fetch.fetch(read)      # read(folder) verifies the four files there, and returns their arrays by name
 """
 
 import contextlib
+import http.client
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +29,16 @@ from runtime.errors import one_line
 FETCHED = cli.ROOT / "data"  # what a download leaves, in torchvision's layout
 PACKAGED = "usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist of Debian and Ubuntu puts it
 MIRRORS = (
-    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the one torchvision uses
-    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",  # the publisher's
+    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",  # Keras'
 )
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+DOWNLOAD_DEADLINE = 1200  # seconds for the four files of a site: 26 kB/s
+LATE = f"it has not sent all after {DOWNLOAD_DEADLINE} s"
+DOWNLOAD_MOST = 30_000_000  # bytes of a file: the largest one has 26,421,880
+
+# What a source that fails, or lies, ends in. ValueError: of an address to which a site redirects.
+FAILURES = (DataError, OSError, ValueError, http.client.HTTPException, subprocess.SubprocessError)
 
 Arrays = dict[str, np.ndarray]  # by the name of an IDX file
 
@@ -51,7 +61,7 @@ def fetch(read: Callable[[Path], Arrays]) -> Arrays:
             print(f"data: fetching 30 MB from {source}", flush=True)
             try:
                 arrays = _fetch_from(source, read)
-            except (DataError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            except FAILURES as error:
                 notice(f"{source} failed: {one_line(error)}")
                 continue
             print(f"data: fetched copy {FETCHED}, from {source} (SHA-256 verified)", flush=True)
@@ -64,7 +74,7 @@ def fetch(read: Callable[[Path], Arrays]) -> Arrays:
 
 def notice(message: str) -> None:
     """Print a line about the data on stderr."""
-    print(f"data: {message}", file=sys.stderr, flush=True)
+    print(one_line(f"data: {message}"), file=sys.stderr, flush=True)
 
 
 def _fetch_from(source: str, read: Callable[[Path], Arrays]) -> Arrays:
@@ -90,16 +100,38 @@ def _wait_for(lock: FileLock) -> contextlib.AbstractContextManager:
 
 
 def _download(mirror: str, folder: Path) -> Path:
-    from torchvision.datasets.utils import download_url  # takes seconds to import
+    """Download the four files of a site. A thread does it: a site can delay every byte, of the header too."""
+    finished, end = Future[None](), time.monotonic() + DOWNLOAD_DEADLINE
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
-    try:
-        for name in PUBLISHED:
-            download_url(f"{mirror}{name}.gz", folder)
-    finally:
-        socket.setdefaulttimeout(timeout)
+    def work() -> None:
+        try:
+            for name in PUBLISHED:
+                _download_file(f"{mirror}{name}.gz", folder / f"{name}.gz", end)
+            finished.set_result(None)
+        except Exception as error:  # of any kind: the main thread raises it
+            finished.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # one that is late does not keep the process alive
+    if not wait([finished], DOWNLOAD_DEADLINE).done:
+        raise DataError(LATE)
+    finished.result()
     return folder
+
+
+def _download_file(url: str, path: Path, end: float) -> None:
+    """Download a file of at most DOWNLOAD_MOST bytes before a time of time.monotonic()."""
+    with (
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+        open(path, "wb") as file,
+        tqdm(total=response.length, unit="B", unit_scale=True, desc=path.name) as bar,
+    ):
+        while part := response.read1(2**16):  # what has come, without a wait for more
+            file.write(part)
+            bar.update(len(part))
+            if bar.n > DOWNLOAD_MOST:
+                raise DataError(f"{path.name} is larger than {DOWNLOAD_MOST:,} bytes")
+            if time.monotonic() > end:
+                raise DataError(LATE)
 
 
 def _fetch_debian(folder: Path) -> Path:

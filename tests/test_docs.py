@@ -32,8 +32,12 @@ SHIPPED = {  # checkpoints/: runs/
     "distilled/best_mlp_fmnist.pt": "mlp-distilled-0",
     "distilled/best_cnn_fmnist.pt": "cnn-distilled-0",
 }
-OF_TOOLS = {"--index-url", "--tries", "--report", "--check", "--help"}  # flags of pip, pytest and ruff; and of all
-OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
+# Flags of pip, pytest, ruff and unshare; and of all.
+OF_TOOLS = {"--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net"}
+OF_TORCHRUN = {
+    "--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--local-addr",
+    "--master-addr",
+}  # fmt: skip
 OF_DATA_FOLDERS = {"classes.txt"}  # files that a page names and the repository does not hold
 
 

@@ -22,7 +22,7 @@ LAYERS = (  # a module imports from the layers below it, and within its own room
     {"runtime"},
     {"models", "optim"},
     {"recipes"},
-    {"runtime.errors"},
+    {"runtime.errors", "runtime.schema"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ROOMS = sorted(path.parent.name for path in ROOT.glob("[a-z]*/__init__.py"))
@@ -128,6 +128,14 @@ def test_the_language_is_plain():
     for path in [*FILES, *(path for pattern in TEXTS for path in sorted(ROOT.glob(pattern)))]:
         found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in DIALECT.finditer(text_of(path))]
     assert not found
+
+
+def test_the_locked_packages_are_those_required():
+    required = re.findall(r"^\S+==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    lock = (ROOT / "requirements.lock").read_text()
+    hashed = re.findall(r"^(\S+==\S+).* \\\n    --hash=sha256:[0-9a-f]{64}\b", lock, re.MULTILINE)
+    assert set(required) <= set(hashed)
+    assert len(hashed) == len(re.findall(r"^[^#\s]", lock, re.MULTILINE))  # and nothing else, such as an address
 
 
 def test_ruff_has_one_version():

@@ -31,6 +31,7 @@ function make(tag, attributes = {}, ...children) {
     : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "style") node.style.cssText = value; // the page allows no style attribute in its text
     else node.setAttribute(key, value);
   }
   node.append(...children);
