@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = device.pick_device(args.device)
     found = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
     loaded = [(path, *each) for path, each in zip(args.checkpoints, found, strict=True)]
-    train, val, test = data.load("train+val", "val", "test", data_dir=args.data_dir, other_data=args.other_data)
+    train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=args.other_data)
     for path, _, info in loaded:
         checkpoint.check_classes(path, info, test)
     where = {"data_dir": args.data_dir, "other_data": args.other_data}
@@ -67,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("analyze_errors.py: interrupted; the same command resumes it", file=sys.stderr)
         return code
 
-    measured = composition.measure_all(loaded, test.to(target), val.to(target))
-    first, path, digest = measured[0], args.checkpoints[0], files.file_sha256(args.checkpoints[0])
+    measured = composition.measure_all(loaded, test.to(target), data.held_out(train).to(target))
+    first, path, digest = measured[0], args.checkpoints[0], found[0][1]["sha256"]
     _, train_features = explain.features(loaded[0][1], train.to(target))
     results = trainings.Results(args.deep_dir, data.fingerprint(train, test))
     if args.deep:
         results.embed(digest, first.features)
     evidence = composition.gather(first, train_features, train, test, results)
-    numbers, embedding = composition.numbers(measured, evidence), results.embedding(digest)
+    numbers, embedding = composition.numbers(measured, evidence), results.embedding(digest, len(test.labels))
     if results.stale:
         names = ", ".join(sorted(results.stale))
         print(f"deep results of other code or recipes are skipped: {names}; --deep makes them again", file=sys.stderr)
 
-    summary = report.summary(path, first, numbers, test)
+    summary = report.summary(path, digest, first, numbers, test)
     pictures = report.figures(first, test, history_of(path))
     page = report.page(measured, evidence, numbers, train, test, embedding)
     contents = {**pictures, "report.html": report.render(page), "analysis.json": files.to_json(summary).encode()}

@@ -84,6 +84,12 @@ def load(*splits: str, data_dir: str | Path | None = None, other_data: bool | No
     return result
 
 
+def held_out(train: Split) -> Split:
+    """Return the validation images among all training images; none where no class has VALIDATION_SHARE of them."""
+    index = split_indices(train.labels.numpy())["val"]
+    return train._replace(name="val", images=train.images[index], labels=train.labels[index])
+
+
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the stratified indices of the "train" and "val" images, the same for every run and machine.
 

@@ -94,7 +94,7 @@ def print_one(result: dict[str, Any]) -> None:
     print(f"{result['split']} split of {result['data']}, n = {result['n']:,}")
     low, high = result["accuracy_ci95"]
     for key, metric in metrics.METRICS.items():
-        figure = f"{result[key]:.4f} {metric.unit}"
+        figure = f"{_number(result[key])} {metric.unit}"
         if key == "accuracy":
             figure = f"{result[key]:.2%}  (95% interval {low:.2%} to {high:.2%})"
         print(f"  {metric.title:<26}  {figure.rstrip()}")
@@ -124,7 +124,7 @@ def print_several(content: dict[str, Any]) -> None:
     }
     for key in metrics.METRICS:
         if key not in columns:
-            columns[key.replace("_", " ")] = [f"{result[key]:.4f}" for result in results]
+            columns[key.replace("_", " ")] = [_number(result[key]) for result in results]
     print_columns(columns)
     cautions: dict[str, list[str]] = {}
     for number, result in enumerate(results, 1):
@@ -179,6 +179,10 @@ def print_pairs(pairs: list[dict[str, Any]], n: int) -> None:
         holm = f"   with Holm's correction {_rounded(pair['p_holm'])}" if len(pairs) > 1 else ""
         p = _rounded(pair["p_value"])
         print(f"{a:>2} against {b:>2}: {pair['only_a']:>5,} to {pair['only_b']:>5,}   p = {p}{holm}")
+
+
+def _number(figure: float) -> str:
+    return f"{figure:.4f}" if abs(figure) < 1e6 else f"{figure:.3g}"
 
 
 def _rounded(p: float) -> str:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     ((model, info),) = checkpoint.load_all([args.checkpoint], checkpoint.Bare(args.model, args.mean, args.std))
     (test,) = data.load("test", data_dir=args.data_dir, other_data=args.other_data)
     checkpoint.check_classes(args.checkpoint, info, test)
-    content = onnx.to_onnx(model, info["classes"])
+    content = onnx.to_onnx(model, info)
     session = onnx.session_of(content)
     gap = onnx.largest_gap(model, session, test.images)
     if not gap <= TOLERANCE:  # NaN is not

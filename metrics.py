@@ -32,7 +32,7 @@ RESERVED = ("loss", "n", "accuracy_ci95", "per_class", "confusion_matrix")  # ot
 
 
 class MetricError(UserError):
-    """A metric whose name is in use, or that is not a finite number."""
+    """A metric whose name is in use, or a metric or an answer that is not a finite number."""
 
 
 def metric(title: str, unit: str = "") -> Callable:
@@ -67,7 +67,7 @@ def ece(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Compute every metric, by name. Raises MetricError where one is not a finite number."""
+    """Compute every metric, by name. Raises MetricError where one, or an answer, is not a finite number."""
     figures = {name: float(each.compute(logits, labels)) for name, each in METRICS.items()}
     for name, figure in figures.items():
         if not np.isfinite(figure):
@@ -208,8 +208,14 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def probabilities(logits: torch.Tensor | np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Compute the probabilities float64 (n, 10) of logits / temperature."""
-    return (torch.as_tensor(logits).double() / temperature).softmax(1).numpy()
+    """Compute the probabilities float64 (n, 10) of logits / temperature. Raises MetricError unless all are finite."""
+    scaled = torch.as_tensor(logits).double() / temperature
+    if odd := int((~scaled.isfinite().all(1)).sum()):
+        raise MetricError(
+            f"the network's answers to {odd:,} of {len(scaled):,} images are not finite numbers: its weights are too "
+            "large, or damaged"
+        )
+    return scaled.softmax(1).numpy()
 
 
 def coverage_curve(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]:

@@ -132,9 +132,8 @@ def _recipe(model: str, flags: dict[str, Any]) -> str:
     name, rows = flags["recipe"], recipes.RECIPES.get(flags["recipe"], {})
     usual = rows.get(model) or rows.get(recipes.FALLBACK)
     names = [each for each in recipes.Recipe._fields if each != "precision"]  # "auto" is recorded as what it was
-    changed = [
-        f"{each.replace('_', ' ')} {flags[each]}" for each in names if usual and flags[each] != getattr(usual, each)
-    ]
+    known = [each for each in names if usual and each in flags]
+    changed = [f"{each.replace('_', ' ')} {flags[each]}" for each in known if flags[each] != getattr(usual, each)]
     return f"{name} with {', '.join(changed)}" if changed else name
 
 
@@ -158,8 +157,9 @@ def _calibrate(
     labels = test.labels.cpu().numpy()
     before = metrics.calibration(metrics.probabilities(logits), labels, test.classes)
     kind, sentence = checkpoint.caution(info, val) or ("", "")
-    if kind in UNFIT:
-        note = f"No temperature was fitted on the validation images: {sentence}."
+    unfit = sentence if kind in UNFIT else "" if len(val.labels) else "no class has enough for any"
+    if unfit:
+        note = f"No temperature was fitted on the validation images: {unfit}."
         return {"before": before, "after": None, "temperature": None, "temperature_note": note}
     temperature = metrics.temperature(engine.predict_logits(model, val), val.labels.cpu())
     after = metrics.calibration(metrics.probabilities(logits, temperature), labels, test.classes)
@@ -230,7 +230,7 @@ def gather(first: Measured, train_features: torch.Tensor, train: Split, test: Sp
         duplicate=near_duplicates(*distances),
         out_of_fold=out_of_fold,
         issues=None if out_of_fold is None else label_issues(every, out_of_fold),
-        trainings=_by_kind(results.seeds()),
+        trainings=_by_kind(results.seeds(len(labels))),
     )
 
 

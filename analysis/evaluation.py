@@ -20,7 +20,6 @@ import recipes
 from analysis import alike
 from data import Split
 from runtime import cli
-from runtime.files import file_sha256
 
 
 class Loaded(NamedTuple):
@@ -28,14 +27,12 @@ class Loaded(NamedTuple):
 
     path: Path
     model: torch.nn.Module
-    info: dict[str, Any]
-    sha256: str
+    info: dict[str, Any]  # of checkpoint.load
 
 
 def load(paths: Sequence[Path], bare: checkpoint.Bare) -> list[Loaded]:
     """Load checkpoints, for measuring. Raises CheckpointError."""
-    loaded = checkpoint.load_all(paths, bare)
-    return [Loaded(path, *each, file_sha256(path)) for path, each in zip(paths, loaded, strict=True)]
+    return [Loaded(path, *each) for path, each in zip(paths, checkpoint.load_all(paths, bare), strict=True)]
 
 
 class Answer(NamedTuple):
@@ -89,7 +86,7 @@ def describe(answered: Answer, split: Split) -> dict[str, Any]:
 def _origin(loaded: Loaded) -> dict[str, Any]:
     """Name the file of a checkpoint, and of a bare state_dict how it was matched and how its input is normalised."""
     foreign = {key: loaded.info[key] for key in ("matched", "normalisation") if checkpoint.is_bare(loaded.info)}
-    return {"checkpoint": cli.shown(loaded.path), "checkpoint_sha256": loaded.sha256, **foreign}
+    return {"checkpoint": cli.relative(loaded.path), "checkpoint_sha256": loaded.info["sha256"], **foreign}
 
 
 def cautions(answered: Answer, split: Split, accuracy: float) -> list[str]:

@@ -1,14 +1,15 @@
 """Convert a model to ONNX, and compare the result with PyTorch.
 
-content = to_onnx(model, info["classes"])
+content = to_onnx(model, info)
 print(largest_gap(model, session_of(content), test.images))
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
+from typing import Any
 
 import onnxruntime
 import torch
@@ -33,10 +34,10 @@ class FromPixels(torch.nn.Module):
         return self.model(data.normalise(pixels))
 
 
-def to_onnx(model: torch.nn.Module, classes: Sequence[str]) -> bytes:
+def to_onnx(model: torch.nn.Module, info: Mapping[str, Any]) -> bytes:
     """Convert a model to an ONNX file that takes uint8 pixels (n, 28, 28) and returns logits float32 (n, 10).
 
-    The class names are in its metadata under "classes", as a JSON list.
+    info: of checkpoint.load. The metadata hold its "classes" as a JSON list, and as "checkpoint_sha256" its "sha256".
     """
     program = torch.onnx.export(
         FromPixels(model).eval(),
@@ -48,7 +49,8 @@ def to_onnx(model: torch.nn.Module, classes: Sequence[str]) -> bytes:
         verbose=False,
     )
     assert program, "torch.onnx.export returns a program where dynamo=True"
-    program.model.metadata_props["classes"] = json.dumps(list(classes))
+    props = {"classes": json.dumps(list(info["classes"])), "checkpoint_sha256": info["sha256"]}
+    program.model.metadata_props.update(props)
     return program.model_proto.SerializeToString()
 
 
@@ -60,7 +62,7 @@ def session_of(content: bytes) -> onnxruntime.InferenceSession:
 def largest_gap(model: torch.nn.Module, session: onnxruntime.InferenceSession, images: torch.Tensor) -> float:
     """Compute the largest difference of a logit between PyTorch and ONNX Runtime; images: uint8 (n, 28, 28)."""
     return max(
-        float(abs(_in_pytorch(model, part).numpy() - session.run(None, {"pixels": part.numpy()})[0]).max())
+        float((_in_pytorch(model, part) - torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0])).abs().max())
         for part in images.split(BATCHES[-1])
     )
 

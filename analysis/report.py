@@ -1,6 +1,6 @@
 """What analyze_errors.py writes of checkpoints' mistakes: analysis.json, *.png, and an interactive report.
 
-summary = report.summary(path, measured[0], numbers, test)                   # measured etc. of analysis.composition
+summary = report.summary(path, info["sha256"], measured[0], numbers, test)   # measured etc. of analysis.composition
 pictures = report.figures(measured[0], test, history)
 page = report.page(measured, evidence, numbers, train, test, embedding)
 html = report.render(page)
@@ -10,6 +10,7 @@ its data are JSON, its images are sprites.
 """
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,6 @@ from PIL import Image
 from analysis import composition, corruptions, explain, mistakes, plots
 from analysis.composition import Evidence, Measured
 from data import Split
-from runtime import files
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 SHOWN_MISTAKES = 25  # in a figure, and in analysis.json
@@ -68,14 +68,14 @@ METHODS = (
 )
 
 
-def summary(path: Path, first: Measured, numbers: dict[str, Any], test: Split) -> dict[str, Any]:
-    """Collect what analysis.json holds, of the first checkpoint but for "report".
+def summary(path: Path, sha256: str, first: Measured, numbers: dict[str, Any], test: Split) -> dict[str, Any]:
+    """Collect what analysis.json holds, of the first checkpoint but for "report"; sha256: of the bytes that were read.
 
     "findings" is None and "shirt_mistakes" is missing where the classes are not Fashion-MNIST's.
     """
     content = {
         "checkpoint": path.name,
-        "checkpoint_sha256": files.file_sha256(path),
+        "checkpoint_sha256": sha256,
         "model": first.model,
         "split": test.name,
         "data": test.source,
@@ -166,7 +166,8 @@ def page(
 
 def render(page: dict[str, Any]) -> bytes:
     """Return the HTML file."""
-    content = json.dumps({key: value for key, value in page.items() if key not in ONLY_SHOWN}, separators=(",", ":"))
+    shared = {key: value for key, value in page.items() if key not in ONLY_SHOWN}
+    content = json.dumps(shared, separators=(",", ":"), allow_nan=False)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html.j2").render(
         page=page,
@@ -175,8 +176,14 @@ def render(page: dict[str, Any]) -> bytes:
         json=Markup(content.replace("<", "\\u003c")),  # no file name can end the script
         css=Markup((TEMPLATES / "report.css").read_text()),
         js=Markup((TEMPLATES / "report.js").read_text()),
+        sha256=_source_hash,
     )
     return html.encode(errors="backslashreplace")  # the name of a file need not be Unicode
+
+
+def _source_hash(text: str) -> str:
+    """Name an inline script or style as the page's Content-Security-Policy does, which allows no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _verdicts(findings: Sequence[mistakes.Finding]) -> dict[str, str] | None:

@@ -25,6 +25,11 @@ PUBLISHED = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+# What data.fingerprint gives of all published images: with the validation images apart, and among the training images.
+FINGERPRINTS = (
+    "c727e4c2ff3c5ec9954474d0f8feb2d2a77a29690bd9fb41b92ef1f7b8d5d2fa",
+    "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
+)
 ORDER = Path(__file__).with_name("order.npz")  # "train" and "t10k": uint16 (n,), what order() computes
 
 
@@ -39,6 +44,11 @@ def check(name: str, array: np.ndarray, label: str) -> None:
     what = idx.announced(name.split("-")[1], list(array.shape))
     expected = PUBLISHED[name][:12]
     raise DataError(f"{label} is not {NAME}'s, or is altered: {what}, SHA-256 {digest[:12]}…, not {expected}…")
+
+
+def named(name: str, fingerprint: str | None) -> str:
+    """Return the name of a set as a file gives it, or another where its fingerprint, if known, says that name lies."""
+    return name if name != NAME or fingerprint in (None, *FINGERPRINTS) else f"{NAME} (own)"
 
 
 def is_part(part: str, images: np.ndarray, labels: np.ndarray) -> bool:

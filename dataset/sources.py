@@ -9,6 +9,8 @@ is accepted by other_data, and may name its ten classes in classes.txt.
 
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,9 @@ __all__ = ["CLASSES", "IMAGES_MAGIC", "LABELS_MAGIC", "NAME", "NAMES", "PUBLISHE
 NAMES = "classes.txt"  # what a folder may bring along, beside SHA256SUMS
 SPELT = (NAMES, "Classes.txt", "CLASSES.TXT")
 LONGEST_NAME = 40  # characters of a class name
+LONGEST_SOURCE = 80  # of the name of a set
+LIKE_NAME = re.compile("".join(f"[{letter}\x80-\U0010ffff]" for letter in "fashionmnist"))  # any other may look so
+LIKE_LETTERS = str.maketrans("015l", "oisi")
 DIGITS = tuple("0123456789")  # the class names of another set that brings none
 VARIABLE = "FMNIST_DIR"
 
@@ -125,9 +130,11 @@ def _find_given(place: str | Path, flag: str, parts: Sequence[str], other_data: 
 
 
 def _name(path: Path) -> str:
-    """Name another set by its folder, or by its file without the ending."""
-    name = one_line(path.resolve().name if path.is_dir() else path.stem) or "data"
-    return f"{name} (own)" if name == NAME else name
+    """Name another set by its folder, or by its file without the ending; none can pass for the published one."""
+    name = one_line(unicodedata.normalize("NFC", path.resolve().name if path.is_dir() else path.stem)) or "data"
+    name = name if len(name) <= LONGEST_SOURCE else f"{name[: LONGEST_SOURCE - 1]}…"
+    plain = unicodedata.normalize("NFKD", name).casefold().translate(LIKE_LETTERS)
+    return f"{name} (own)" if LIKE_NAME.search("".join(filter(str.isalpha, plain))) else name
 
 
 def _say_which(path: Path, copy: Copy, source: str, classes: tuple[str, ...]) -> None:
@@ -299,8 +306,7 @@ def _read_classes(copy: Copy, part: str, sums: Sums, path: Path) -> tuple[str, .
 
 def _lines(path: File, sums: Sums) -> list[str]:
     sums.vouch(path)
-    with idx.reading(path), path.open("rb") as file:
-        content = file.read(10_000)
+    content = idx.read_whole(path, 10_000)
     utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
         return [line for line in content.decode("utf-16" if utf16 else "utf-8-sig").splitlines() if line.strip()]
@@ -341,7 +347,8 @@ def write(folder: str | Path, parts: Mapping[str, tuple], classes: Iterable[str]
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{one_line(folder)} is a file; name a new folder")
     for name in (*files, NAMES):
-        if (folder / name).exists() and (folder / name).read_bytes() != files.get(name):
+        path = folder / name
+        if path.exists() and not (path.is_file() and path.read_bytes() == files.get(name)):
             raise DataError(f"{one_line(folder)} already has another {name}; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dataset.idx import DataError, File, above, reading
+from dataset.idx import DataError, File, above, read_whole, reading
 from runtime.errors import one_line
 
 SUMS = "SHA256SUMS"
 NAMES = (SUMS, "SHA256SUMS.txt", "sha256sums.txt", "sha256sums")
 MOST_BYTES = 50_000_000
+LONGEST_LINE = 5_000  # characters; a path has 4,096 bytes at most
 GNU = re.compile(r"\\?(?P<sum>[0-9a-fA-F]{64})\s+\*?(?P<name>\S.*)")
 OUTSIDE = re.compile(r"/|\.\./|[A-Za-z]:")  # how the paths begin that do not start in the folder of the SHA256SUMS
 BSD = re.compile(r"SHA2?-?256 ?\((?P<name>.+)\) ?= ?(?P<sum>[0-9a-fA-F]{64})")
@@ -113,8 +114,7 @@ def _below(folder: File, lower: File) -> str:
 
 def parse(path: File) -> Table:
     """Read a SHA256SUMS: the sums in lower case, by file name and by path. Raises DataError if it is malformed."""
-    with reading(path), path.open("rb") as file:
-        content = file.read(MOST_BYTES)
+    content = read_whole(path, MOST_BYTES)
     utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
     found: Table = {}
     lines = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").splitlines()
@@ -122,7 +122,7 @@ def parse(path: File) -> Table:
         if not line or line.startswith("#"):
             continue
         match = GNU.fullmatch(line) or BSD.fullmatch(line)
-        if not match:
+        if not match or len(line) > LONGEST_LINE:
             raise DataError(f"{SUMS}, line {number}, is not as sha256sum writes it: {one_line(line)[:40]!r}")
         name = posixpath.normpath(match["name"].replace("\\", "/"))
         found.setdefault(posixpath.basename(name), {})[name] = match["sum"].lower()

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from runtime import files
 from runtime.errors import UserError, one_line
@@ -25,6 +26,11 @@ RUNS = ROOT / "runs"
 DEEP = RUNS / "deep"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
 OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the first process speaks for all
+# What steers a terminal or reorders a line. A carriage return moves a progress bar, at the start or the end of a write.
+STEERING = re.compile(
+    r"(?s)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]|(?<=.)\r(?=.)"
+)
+UP = "\x1b[A"  # by which tqdm moves between several bars
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal or the connection is lost; Windows has no such signal
 
 # Nothing is written outside of the clone: these libraries keep a cache in the home or the temporary folder.
@@ -138,7 +144,12 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
 
 
 def shown(path: str | Path) -> str:
-    """Write a path as a user would type it here: relative if it lies below the working directory."""
+    """Write a path in one line of printable characters: relative if it lies below the working directory."""
+    return one_line(relative(path))
+
+
+def relative(path: str | Path) -> str:
+    """Return a path as a user would type it here: relative if it lies below the working directory."""
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -148,17 +159,17 @@ def python() -> str:
     found = shutil.which("python")
     if found and Path(found).absolute() == Path(sys.executable).absolute():
         return "python"
-    return shlex.quote(shown(sys.executable))
+    return shlex.quote(relative(sys.executable))
 
 
 def command(script: str, *words: object) -> str:
     """Write the command that runs a script of this repository, as a user would type it here."""
-    return f"{python()} {shlex.join([shown(ROOT / script), *map(str, words)])}"
+    return f"{python()} {shlex.join([relative(ROOT / script), *map(str, words)])}"
 
 
 def install(requirements: str = "requirements-optional.txt") -> str:
     """Write the command that installs the packages of a requirements file."""
-    return f"{python()} -m pip install -r {shlex.quote(shown(ROOT / requirements))}"
+    return f"{python()} -m pip install -r {shlex.quote(relative(ROOT / requirements))}"
 
 
 def print_error(text: str) -> None:
@@ -231,11 +242,12 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Let no text, and no stream that the caller closed, end a script.
+    """Let no text steer the terminal, and neither a text nor a stream that the caller closed end a script.
 
     Characters that the output's encoding lacks are written as escapes. A closed stdin, stdout or stderr leads
     nowhere; otherwise the next file that is opened would take its number, and be overwritten by what is printed.
     """
+    os.environ["PYTHON_COLORS"] = "0"  # Python's own escapes, of newer versions, would be shown as text
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(descriptor)
@@ -247,6 +259,17 @@ def _prepare_streams() -> None:
         if reconfigure := getattr(stream, "reconfigure", None):  # a notebook's stream has none, and needs none
             with contextlib.suppress(OSError):  # where the descriptor was replaced by one that cannot seek
                 reconfigure(errors="backslashreplace")
+        _neutralise(stream)
+
+
+def _neutralise(stream: TextIO) -> None:
+    """Have a stream write as escapes what steers a terminal: the name of a file or a field of it may hold anything."""
+    write = stream.write
+
+    def neutral(text: str) -> int:
+        return write(text if not text.strip(UP) else STEERING.sub(lambda found: ascii(found[0])[1:-1], text))
+
+    stream.write = neutral  # type: ignore[method-assign]
 
 
 def run(main: Callable[[], int], name: str | None = None) -> NoReturn:

@@ -1,10 +1,13 @@
 """data.py and dataset/sources.py: finding, verifying, fetching, splitting and augmenting, on the real sample."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
+import os
 import re
 import shutil
+import socketserver
 import struct
 import subprocess
 import threading
@@ -206,6 +209,44 @@ def test_class_names_that_are_not_ten_good_ones_are_refused(content, tmp_path):
     assert str(caught.value).isprintable()
 
 
+def test_the_name_of_another_set_is_printable_and_not_that_of_the_published_one(sample, tmp_path):
+    folder = tmp_path / "first"
+    images, labels = sample["test"].images[:20], sample["test"].labels[:20]
+    data.write(folder, {"t10k": (images, labels)})
+    names = {
+        "a\u00a0b": "a b",
+        "e\u0301\udcff\u202e": "\u00e9\\udcff\\u202e",
+        "n" * 255: "n" * 79 + "…",
+        "2024-05-15": "2024-05-15",
+        **{name: f"{name} (own)" for name in ("Fashion-MNIST", "FASHION MNIST", "F\u0430shion-MNIST", "fash10n_mni5t")},
+    }
+    for name, source in names.items():
+        folder = folder.rename(tmp_path / name)
+        (split,) = data.load("test", data_dir=folder)
+        assert split.source == source
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "classes.txt"])
+def test_what_describes_a_set_is_read_only_if_it_is_a_small_file(name, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(data.DataError, match=f"{name}: not a regular file"):
+        data.load("test", data_dir=tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)  # whose writer never comes
+    with pytest.raises(data.DataError, match=f"{name}: not a regular file"):
+        data.load("test", data_dir=tmp_path)
+
+
+def test_a_sum_of_no_possible_path_is_refused(tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  {'a/' * 3000}b\n")
+    with pytest.raises(data.DataError, match="SHA256SUMS, line 5, is not as sha256sum writes it"):
+        data.load("test", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("spelling", ["utf-8-sig", "utf-16", "blank lines", "Classes.txt"])
 def test_class_names_are_read_as_editors_save_them(spelling, tmp_path):
     copy_sample(tmp_path)
@@ -327,6 +368,46 @@ def test_an_altered_download_is_refused_and_the_next_source_tried(
     assert "failed: t10k-labels-idx1-ubyte.gz is not Fashion-MNIST's, or is altered" in err
     assert "Debian package failed: no apt-get" in err
     assert not list(fetch.FETCHED.rglob("*ubyte*"))
+
+
+LIES = {  # what a server sends at first, then again and again, seconds between, and how the notice calls it
+    "endless": (b"HTTP/1.0 200 OK\r\n\r\n", bytes(2**16), 0, "larger than 1,000,000 bytes"),
+    "slow": (b"HTTP/1.0 200 OK\r\n\r\n", b"\0", 0.02, "has not sent all"),
+    "slow from the first line": (b"HTTP/1.0 ", b"2", 0.02, "has not sent all"),
+    "not HTTP": (b"\x1b[2J\r\n\r\n", b"", 0, r"failed: \\x1b\[2J"),
+    "leads nowhere": (b"HTTP/1.0 302 Found\r\nLocation: http://[/\r\n\r\n", b"", 0, "failed: Invalid IPv6 URL"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_no_server_fills_the_disk_or_keeps_one_waiting(lie, sample_as_published, monkeypatch, capfd):
+    first, then, seconds, notice = LIES[lie]
+    over = threading.Event()
+
+    class Liar(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(2**16)
+            self.request.sendall(first)
+            with contextlib.suppress(OSError):  # until the other side has seen enough
+                while then and not over.wait(seconds):
+                    self.request.sendall(then)
+
+    monkeypatch.setattr(fetch, "DOWNLOAD_MOST", 10**6)
+    monkeypatch.setattr(fetch, "DOWNLOAD_DEADLINE", 0.3)
+    monkeypatch.setenv("PATH", "")  # no apt-get either
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Liar) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setattr(fetch, "MIRRORS", (f"http://127.0.0.1:{server.server_address[1]}/",))
+        with pytest.raises(data.DataError, match="no source had the data set"):
+            data.load("test")
+        over.set()
+        server.shutdown()
+    assert re.search(notice, capfd.readouterr().err)
+    assert not list(fetch.FETCHED.glob("fetching-*"))
+
+
+def test_downloads_come_over_https():
+    assert all(url.startswith("https://") for url in fetch.MIRRORS)
 
 
 def fetch_the_sample(folder, url):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import json
@@ -23,6 +24,7 @@ from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script
 from PIL import Image
 from test_house import FILES, TREES, module_name
 from test_reliability import give_up_overriding_permissions
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -47,7 +49,7 @@ def named(sample, tmp_path):
     """A folder of two pictures and a checkpoint, with names that are hard to print."""
     for name in NAMES:
         Image.fromarray(sample["test"].images[0].numpy()).save(tmp_path / name)
-    return tmp_path, shutil.copy(MLP, tmp_path / "bad\udcff.pt")
+    return tmp_path, shutil.copy(MLP, tmp_path / "bad\udcff\x1b[2J\nworse.pt")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
@@ -59,17 +61,45 @@ def test_no_name_ends_a_run_or_loses_a_row(named, encoding):
     _, *rows = csv.reader(finished.stdout.splitlines())
     garment = "服" if encoding == "utf-8" else "\\u670d"
     assert [Path(row[0]).name for row in rows] == [f"{garment}.png", "bad\\udcff.png"]
-    finished = run_script("evaluate.py", path, "--data-dir", SAMPLE, "--json", folder / "服\udcff.json", before=before)
+    result = folder / "服\udcff\x1b[2J\nworse.json"
+    finished = run_script("evaluate.py", path, "--data-dir", SAMPLE, "--json", result, before=before)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((folder / "服\udcff.json").read_text())["checkpoint"].endswith("/bad\udcff.pt")
+    assert not re.search(r"\x1b|^worse", finished.stdout, re.MULTILINE)
+    assert json.loads(result.read_text())["checkpoint"].endswith(f"/{path.name}")
 
 
-def test_the_report_of_a_checkpoint_whose_name_is_not_unicode(named):
+def test_a_name_that_a_checkpoint_could_not_hold_is_refused_before_the_training(named):
+    finished = run_script("train.py", "--model", "mlp", "--recipe", "distilled", "--teacher", named[1])
+    assert_one_line_error(finished, "a checkpoint cannot record this name")
+
+
+def replace_what_was_read(path):
+    """Have another file take the place of a checkpoint as soon as it has been read."""
+    print_as("ascii")
+    load, other = checkpoint.load_all, CNN.read_bytes()
+    checkpoint.load_all = lambda *given: (load(*given), Path(path).write_bytes(other))[0]
+
+
+def test_the_report_of_a_checkpoint_whose_name_is_not_unicode_and_that_is_replaced(named):
     folder, path = named
     flags = ["--data-dir", SAMPLE, "--figures-dir", folder]
-    finished = run_script("analyze_errors.py", path, *flags, before=partial(print_as, "ascii"))
+    finished = run_script("analyze_errors.py", path, *flags, before=partial(replace_what_was_read, path))
     assert finished.returncode == 0, finished.stderr
-    assert "bad\\udcff.pt" in (folder / "report.html").read_text()
+    assert "bad\\udcff\\x1b[2J worse.pt" in (folder / "report.html").read_text()
+    digest = json.loads((folder / "analysis.json").read_text())["checkpoint_sha256"]
+    assert digest == hashlib.sha256(MLP.read_bytes()).hexdigest()  # of what was measured
+
+
+def test_no_text_steers_the_terminal_but_a_progress_bar():
+    stream = io.StringIO()
+    cli._neutralise(stream)
+    print("a\x1b[2Jb\x9b1mc\u202ed\re\u2067\a 服\u202f|", file=stream)
+    assert stream.getvalue() == "a\\x1b[2Jb\\x9b1mc\\u202ed\\re\\u2067\\x07 服\u202f|\n"
+    for _ in tqdm(tqdm([1], "outer", file=stream), "\x1b[2Jinner", file=stream, ascii=True, leave=False):
+        pass
+    assert "\router: 100%" in stream.getvalue()
+    assert "\r\\x1b[2Jinner:   0%" in stream.getvalue()
+    assert stream.getvalue().count("\x1b") == stream.getvalue().count("\x1b[A")
 
 
 def test_closed_streams_cost_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """evaluate.py and analysis/evaluation.py, as a user runs them."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,7 +17,9 @@ import checkpoint
 import data
 import engine
 import metrics
+from analysis import evaluation
 from data import CLASSES
+from dataset import published
 from runtime import cli
 
 
@@ -100,6 +103,24 @@ def test_means_are_of_checkpoints_that_differ_in_their_seed_alone(trained, tmp_p
         assert words in means[number]["differs"]
         assert words in " ".join(finished.stdout.split())
     assert len({mean["differs"] for mean in means}) == 5
+
+
+def test_images_that_only_call_themselves_published_are_other_data(sample):
+    test = sample["test"]._replace(source="Fashion-MNIST")
+    _, info = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
+    assert checkpoint.caution(info, test) is None  # an old one, without a fingerprint
+    assert checkpoint.caution(info | {"data_sha256": published.FINGERPRINTS[0]}, test) is None
+    lying = info | {"data_sha256": data.fingerprint(sample["train"], sample["test"])}
+    said = "trained on Fashion-MNIST (own), measured on Fashion-MNIST"
+    assert checkpoint.caution(lying, test) == ("other data", said)
+
+
+def test_what_is_hashed_is_what_was_measured(trained, sample, tmp_path, monkeypatch):
+    path, load = shutil.copy(trained[0] / "best_mlp_fmnist.pt", tmp_path / "a.pt"), checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *given: (load(*given), path.write_bytes(b"another"))[0])
+    (measured,) = evaluation.answer(evaluation.load([path], checkpoint.Bare()), sample["test"], False, False)
+    digest = hashlib.sha256((trained[0] / "best_mlp_fmnist.pt").read_bytes()).hexdigest()
+    assert evaluation.describe(measured, sample["test"])["checkpoint_sha256"] == digest
 
 
 def test_one_pair_needs_no_correction(trained):

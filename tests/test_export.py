@@ -1,5 +1,6 @@
 """export.py: the ONNX file has the logits of the checkpoint."""
 
+import hashlib
 import importlib
 import json
 
@@ -29,7 +30,9 @@ def test_onnx_runtime_answers_as_pytorch_for_any_batch(trained, sample, tmp_path
         (logits,) = session.run(None, {"pixels": sample["test"].images[:n].numpy()})
         np.testing.assert_allclose(logits, expected[:n], atol=1e-4)
     assert "batch of 256: PyTorch" in finished.stdout
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(CLASSES)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert metadata["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_onnx_runtime_reports_to_nobody(monkeypatch):

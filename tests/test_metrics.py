@@ -36,6 +36,15 @@ def test_the_figures_agree_with_one_another_and_with_scikit_learn(logits):
     assert json.loads(json.dumps(result)) == result  # plain numbers and lists
 
 
+def test_answers_that_are_not_finite_have_no_figures(logits):
+    logits, labels = logits
+    spoilt = logits.clone()
+    spoilt[[3, 5], 0] = torch.tensor([torch.nan, torch.inf])
+    for compute in (lambda: metrics.probabilities(spoilt), lambda: metrics.evaluate(spoilt, labels, data.CLASSES)):
+        with pytest.raises(metrics.MetricError, match="answers to 2 of 500 images are not finite numbers"):
+            compute()
+
+
 def test_measure_covers_every_registered_metric_and_evaluate_too(logits, monkeypatch):
     before = list(metrics.METRICS)
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))

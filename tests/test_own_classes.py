@@ -142,7 +142,7 @@ def test_the_page_has_the_names(own, mine):
     values = explainer.explain(test.images[0].numpy())
     assert set(values[2]) == set(ANIMALS)
     assert {name for _, name in values[3]} <= set(ANIMALS)
-    texts = json.dumps(page.layout(explainer, test).config, default=str)
+    texts = json.dumps(page.layout(explainer, test, local=True).config, default=str)
     assert "What object is it?" in texts
     assert not any(name in texts for name in data.CLASSES)
 

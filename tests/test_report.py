@@ -24,6 +24,7 @@ import models
 import recipes
 import training.run
 from analysis import composition, mistakes, trainings
+from analysis.report import render
 
 
 class Own(nn.Module):
@@ -73,6 +74,19 @@ def analysed(trained, tmp_path_factory):
 def page_data(path):
     html = path.read_text()
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_a_set_too_small_for_validation_images_is_analysed_too(trained, sample):
+    model, info = checkpoint.load(trained[0] / "best_mlp_fmnist.pt")
+    few = sample["test"]._replace(images=sample["test"].images[:20], labels=sample["test"].labels[:20])
+    measured = composition.measure("a.pt", model, info, few, data.held_out(few._replace(name="train+val")))
+    assert measured.temperature is None
+    assert "no class has enough for any" in measured.temperature_note
+
+
+def test_no_page_holds_what_json_does_not():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render({"figure": np.nan})
 
 
 def test_the_groups_partition_the_mistakes(analysed):
@@ -383,6 +397,24 @@ def test_groups_calibration_coverage_map_and_theme(page, report):
     light = page.evaluate(background)
     page.select_option("#theme", "dark")
     assert page.evaluate(background) != light == "rgb(255, 255, 255)"
+
+
+def test_nothing_but_the_reports_own_script_and_style_is_run(browser, report, tmp_path):
+    html = report[0].read_text()
+    assert "unsafe" not in html
+    injected = """<base href="https://example.org/"><style>body { display: none }</style><script>document.title = "in"
+</script><img src="data:," onerror="document.title = 'in'" style="position: fixed"><form action="https://example.org/">
+<button id="send">send</button></form>"""
+    (tmp_path / "report.html").write_text(html.replace("<body>", f"<body>{injected}"))
+    opened = browser.new_page()
+    opened.goto(f"file://{tmp_path}/report.html")
+    opened.wait_for_selector("body[data-ready]")
+    assert opened.title().startswith("What the ")
+    assert opened.url == opened.evaluate("document.baseURI") == f"file://{tmp_path}/report.html"
+    assert opened.evaluate("getComputedStyle(document.querySelector('[onerror]')).position") == "static"
+    with opened.expect_console_message(lambda message: "form-action" in message.text, timeout=5000):
+        opened.evaluate("document.getElementById('send').click()")
+    opened.close()
 
 
 def test_the_matrix_and_an_image_by_keyboard_alone(page):
