@@ -1,4 +1,4 @@
-"""Classify pictures of your own: any format, any size, one object on a plain light or dark background.
+"""Classify pictures of your own, of one object each on a plain light or dark background.
 
 python predict.py shirt.jpg photos/                 # a table; a folder stands for all files in it
 python predict.py photos/ --json > answers.jsonl    # or --csv
@@ -54,9 +54,11 @@ def parse_args(argv: list[str] | None = None) -> "argparse.Namespace":
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return 1 if a picture could not be read, else 0."""
     args = parse_args(argv)
+    from pictures import worker
     from pictures.read import find
 
     names = find(args.pictures)
+    worker.start()  # while PyTorch is loaded
     from tqdm import tqdm
 
     import checkpoint
@@ -90,13 +92,13 @@ def read_in_batches(names: Sequence[str], bar: "tqdm") -> Iterator[list[tuple[st
     An unreadable one is skipped, with a line on stderr.
     """
     from pictures.convert import convert
-    from pictures.read import read
+    from pictures.read import MOST_BYTES, read
 
     for start in range(0, len(names), BATCH):
         found = []
         for name in names[start : start + BATCH]:
             try:
-                found.append((name, convert(read(sys.stdin.buffer.read() if name == "-" else name))))
+                found.append((name, convert(read(sys.stdin.buffer.read(MOST_BYTES + 1) if name == "-" else name))))
             except UserError as error:
                 bar.write(f"predict.py: {one_line(name)}: {one_line(error)}", file=sys.stderr)
             bar.update()

@@ -25,6 +25,7 @@ from training import record
 SURE = 0.7  # below this probability the answer is "not sure"
 NOT_SURE = "not sure"
 WIDEST = 60  # characters of the table's first column
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet computes
 
 
 class Candidate(NamedTuple):
@@ -71,15 +72,15 @@ def as_split(model: torch.nn.Module, images: Sequence[np.ndarray], classes: Sequ
 
 
 def temperature_of(path: Path) -> float:
-    """Return the temperature that calibrates a checkpoint's probabilities, as its training measured it.
+    """Return the temperature, from 0.01 to 100, that calibrates a checkpoint's probabilities: its training fitted it.
 
-    If there is none, the result is 1 and a line on stderr says so.
+    If there is none, the result is 1 and a line on stderr says so. Raises UserError where the history is damaged.
     """
     temperature = (record.history_of(path) or {}).get("temperature")
     if temperature is None:
         print(
             f"checkpoint: the probabilities of {cli.shown(path)} are not calibrated: its training held no images out, "
-            "or its history is not beside it",
+            "or no history of it is beside it",
             file=sys.stderr,
         )
     return temperature or 1.0
@@ -127,8 +128,10 @@ class Csv(Table):
 
 
 def _as_csv(*values: object) -> str:
+    """Write a line; a name that a spreadsheet would compute as a formula gets an apostrophe, which makes it a text."""
+    cells = [f"'{value}" if str(value).startswith(FORMULA) else value for value in values]
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(values)
+    csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()
 
 

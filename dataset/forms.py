@@ -30,7 +30,9 @@ from runtime.errors import one_line
 PARTS = {"train": "training", "t10k": "test"}  # the name of a part in IDX files, and its word
 LAYOUTS = ("", "FashionMNIST/raw", "raw", "data/fashion", "fashion", "fashion-mnist", "fashion_mnist")  # below a folder
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm")
-MOST_BYTES = 1_000_000  # of one picture; the header of a larger one is enough to refuse it
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # Pillow's decoder of TIFF needs gigabytes for some small files
+MOST_BYTES = 50_000  # of one picture: 28x28 pixels need less, and its metadata takes the square of its size
+MOST_UNPACKED = 2**30  # bytes of a parquet file's pictures
 MOST_FOLDERS = 200  # in which files are looked for
 MOST_MEMBERS = 500_000  # of a zip
 LINE = 10_000  # more bytes than a line of a CSV file has
@@ -352,11 +354,14 @@ def _read_parquet(files: list[File], part: str) -> Part:
     names: tuple[str, ...] | None = None
     for path in files:
         try:
-            with idx.reading(path), path.open("rb") as file, parquet.ParquetFile(file) as table:
-                names = names or _stored_names(table.schema_arrow.metadata)
-                for picture, label in _rows(path, table):
-                    images.append(decode(f"{path.name}: image {len(images):,}", picture))
-                    labels.append(label)
+            with idx.reading(path), path.open("rb") as file:
+                metadata = parquet.read_metadata(file)
+                column = _column_of_pictures(path, metadata)  # a picture that its rows repeat is in memory once:
+                with parquet.ParquetFile(file, metadata=metadata, read_dictionary=[column]) as table:
+                    names = names or _stored_names(table.schema_arrow.metadata)
+                    for picture, label in _rows(path, table, column):
+                        images.append(decode(f"{path.name}: image {len(images):,}", picture))
+                        labels.append(label)
         except arrow.ArrowException as error:
             with idx.reading(path), path.open("rb") as file:
                 what = idx.foreign(file.read(1000))
@@ -365,19 +370,29 @@ def _read_parquet(files: list[File], part: str) -> Part:
     return np.stack(images), _as_bytes(f"{files[0].name}: label", np.array(labels)), names
 
 
-def _rows(path: File, table: Any) -> Iterator[tuple[bytes, int]]:
-    """Yield the bytes of each picture with its label."""
-    columns = table.schema_arrow.names
-    if not {"image", "label"} <= set(columns):
+def _column_of_pictures(path: File, metadata: Any) -> str:
+    """Return the path of the column of the pictures' bytes. Raises DataError if it is missing or too large."""
+    columns = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    found = next((name for name in ("image.bytes", "image") if name in columns), "")
+    if not found or "label" not in columns:
         raise DataError(f"{path.name} has the columns {one_line(', '.join(columns))}; it must have image and label")
-    if table.metadata.num_rows > MAX_IMAGES:
+    if metadata.num_rows > MAX_IMAGES:
         raise DataError(f"{path.name} has more than {MAX_IMAGES:,} images")
-    for batch in table.iter_batches(batch_size=500, columns=["image", "label"]):
-        for row in batch.to_pylist():
-            picture = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
-            if not isinstance(picture, bytes) or type(row["label"]) is not int:
+    groups = [metadata.row_group(number).column(columns.index(found)) for number in range(metadata.num_row_groups)]
+    if sum(group.total_uncompressed_size for group in groups) > MOST_UNPACKED:
+        raise DataError(f"{path.name}: its pictures have more than {MOST_UNPACKED >> 20:,} MiB")
+    return found
+
+
+def _rows(path: File, table: Any, column: str) -> Iterator[tuple[bytes, int]]:
+    """Yield the bytes of each picture with its label."""
+    for batch in table.iter_batches(batch_size=500, columns=[column, "label"]):
+        images = batch.column("image").field("bytes") if column == "image.bytes" else batch.column("image")
+        for picture, label in zip(images, batch.column("label"), strict=True):
+            picture, label = picture.as_py(), label.as_py()
+            if not isinstance(picture, bytes) or type(label) is not int:
                 raise DataError(f"{path.name}: image must be the bytes of a picture, and label a whole number")
-            yield picture, row["label"]
+            yield picture, label
 
 
 def _stored_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
@@ -427,7 +442,7 @@ def _read_pictures(files: list[File], part: str) -> Part:
     for path, _ in tqdm(pictures, desc=f"data: {parent.name}", unit=" pictures", disable=None, leave=False):
         label = f"{parent.name}/{idx.above(path).name}/{path.name}"
         with idx.reading(path), path.open("rb") as file:
-            content = file.read(MOST_BYTES)
+            content = file.read(MOST_BYTES + 1)
         images.append(decode(label, content, idx.above(parent)))
     return np.stack(images), np.array([label for _, label in pictures], np.uint8), classes
 
@@ -460,25 +475,29 @@ def decode(label: str, content: bytes, folder: File | None = None) -> np.ndarray
 
     Raises DataError for another picture; the label is how the error calls it.
     """
-    from PIL import Image  # only where there are pictures: it takes a tenth of a second
+    from PIL import Image, UnidentifiedImageError  # only where there are pictures: it takes a tenth of a second
 
+    kind = f"more than {MOST_BYTES:,} bytes"
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            kind = f"{picture.width}x{picture.height} pixels, {picture.mode}"
-            if picture.size == (SIZE, SIZE) and picture.mode == "L":
-                return np.asarray(picture)
-            if picture.size == (SIZE, SIZE) and picture.mode in ("1", "P", "RGB"):
-                pixels = np.asarray(picture.convert("RGB"))
-                if (pixels == pixels[..., :1]).all():
-                    return pixels[..., 0]
-                kind = f"{picture.width}x{picture.height} pixels, coloured"
+        if len(content) <= MOST_BYTES:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                kind = f"{picture.width}x{picture.height} pixels, {picture.mode}"
+                if picture.size == (SIZE, SIZE) and picture.mode == "L":
+                    return np.asarray(picture)
+                if picture.size == (SIZE, SIZE) and picture.mode in ("1", "P", "RGB"):
+                    pixels = np.asarray(picture.convert("RGB"))
+                    if (pixels == pixels[..., :1]).all():
+                        return pixels[..., 0]
+                    kind = f"{picture.width}x{picture.height} pixels, coloured"
+    except UnidentifiedImageError:
+        kind = f"damaged, or none of {', '.join(FORMATS)}"
     except Exception as error:  # a malformed file can make a decoder raise anything
         raise DataError(f"{label} is not a picture that can be read: {one_line(error)}") from None
     advice = ""
     if folder:
         on_disk = isinstance(folder, Path)
         advice = f"; {'' if on_disk else 'unpack the zip and '}convert them: "
-        advice += command("-m", "pictures.folder", cli.shown(str(folder)) if on_disk else "IMAGES", "FOLDER")
+        advice += command("-m", "pictures.folder", cli.relative(str(folder)) if on_disk else "IMAGES", "FOLDER")
     raise DataError(f"{label} is not 28x28 and grey ({kind}){advice}")
 
 

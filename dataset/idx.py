@@ -16,7 +16,7 @@ from typing import IO, cast
 import numpy as np
 
 from runtime.errors import UserError, one_line
-from runtime.files import MISTAKEN
+from runtime.files import MISTAKEN, read_bytes
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of images, of labels
 KINDS = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
@@ -45,6 +45,21 @@ def reading(path: File) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         raise DataError(f"{path.name} cannot be read: {one_line(error)}") from None
+
+
+def read_whole(path: File, most: int) -> bytes:
+    """Read a small file, of at most so many bytes. Raises DataError where it is larger, or no regular file."""
+    try:
+        with reading(path):
+            if isinstance(path, Path):
+                return read_bytes(path, most)
+            with path.open("rb") as file:
+                content = file.read(most + 1)
+    except UserError as error:
+        raise DataError(str(error)) from None
+    if len(content) > most:
+        raise DataError(f"{path.name} is larger than {most:,} bytes, the most that is read")
+    return content
 
 
 def size_of(path: File) -> int:

@@ -61,7 +61,8 @@ def _find_background(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _distance(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Measure each pixel's distance from a colour; from black to white it is 1."""
-    return np.sqrt(((pixels.astype(np.float32) - colour) ** 2).sum(-1)) / (255 * 3**0.5)
+    difference = pixels.astype(np.float32) - colour
+    return np.sqrt(np.einsum("...c,...c", difference, difference)) / (255 * 3**0.5)  # .sum(-1) takes longer
 
 
 def _bounding_box(is_object: np.ndarray) -> tuple[int, int, int, int]:

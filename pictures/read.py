@@ -1,29 +1,27 @@
-"""Read a picture file of any format: upright, RGB, and on white where it was transparent.
+"""Read a picture file: upright, RGB, and on white where it was transparent.
 
 image = read("shirt.jpg")       # or the file's bytes
 """
 
 import glob
 import importlib.util
-import io
+import os
 import re
 import shlex
-import warnings
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from runtime import cli
+from pictures import worker
+from pictures.decode import BEGINNINGS, HEIC
+from runtime import cli, files
 from runtime.errors import UserError
 
-MAX_PIXELS = 12_000 * 12_000  # a picture that announces more is refused unopened
-WORKING = 1_000  # pixels of the longest edge that are enough to find the object
-TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")  # Pillow's modes with an alpha channel
-HEIC = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)  # the default of most phones
+MOST_BYTES = 256 * 2**20  # of a file
+BEGINNING = 1_000  # bytes that say what a file is
 RAW = re.compile(rb".{4}ftypcrx |II\*\0.{4}CR|FUJIFILMCCD-RAW|IIR[OS]", re.DOTALL)  # of Canon, Fujifilm, Olympus
-DNG_VERSION = 50706  # a TIFF tag that raw files alone have
 OTHERS = (  # files that people take for pictures: what they begin with, what they are, and what to do
     (rb"%PDF-", "a PDF: save its page as a picture first"),
     (rb"(<\?xml.*)?<svg[\s>]", "an SVG drawing: save it as PNG first"),
@@ -41,32 +39,40 @@ class PictureError(UserError):
 def read(source: str | Path | bytes) -> Image.Image:
     """Read a picture from a path or from a file's bytes; an animation yields its first frame.
 
-    The result is RGB and upright. A picture with more than 2 * WORKING pixels a side is made smaller.
-    Raises PictureError if it is not a picture, is damaged or is too large.
+    The result is RGB and upright. A picture with more than 2 * WORKING pixels a side is made smaller. Another process
+    decodes it, with a limit of time and of memory. Raises PictureError if it is not a picture, is damaged or too large.
     """
     try:
-        content = Path(source).read_bytes() if isinstance(source, str | Path) else source
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities that it can handle
-            return opaque(ImageOps.exif_transpose(_smaller(_eight_bits(_decode(content)))))
-    except UnidentifiedImageError:
-        raise PictureError(_what_else(content)) from None
-    except PictureError:
-        raise
+        content = source if isinstance(source, bytes) else _read_file(source)
+        _check(content, len(content))
+        return worker.decode(content)
     except FileNotFoundError as error:
         raise PictureError(_why_missing(str(source)) or error.strerror) from None
     except OSError as error:
-        raise PictureError(error.strerror or f"damaged: {error}") from None
-    except Exception as error:  # a malformed file can make a decoder raise anything
-        raise PictureError(f"damaged: {error}") from None
+        raise PictureError(error.strerror or str(error)) from None
+    except UserError as error:
+        raise PictureError(str(error) or _why_unknown(content)) from None
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, on white where it was transparent."""
-    if _is_transparent(image):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _read_file(path: str | Path) -> bytes:
+    """Read a file, but no more than its beginning if it is no picture or too large."""
+    with open(os.open(path, files.READ), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError(f"a pipe or a device, not a file: pipe a picture to {cli.command('predict.py', '-')}")
+        _check(file.read(BEGINNING), status.st_size)
+        file.seek(0)
+        return file.read(MOST_BYTES + 1)
+
+
+def _check(content: bytes, size: int) -> None:
+    """Raise PictureError if a file begins as no format that is decoded, or has too many bytes."""
+    if RAW.match(content):
+        raise PictureError("a camera's raw file: save it as JPEG first")
+    if not BEGINNINGS.match(content):
+        raise PictureError(_what_else(content))
+    if size > MOST_BYTES:
+        raise PictureError(f"larger than {MOST_BYTES >> 20} MiB")
 
 
 def find(given: Sequence[str]) -> list[str]:
@@ -83,17 +89,42 @@ def find(given: Sequence[str]) -> list[str]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """List all files in a folder and its subfolders in order, without hidden ones and those in hidden folders."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    """List all files in a folder and its subfolders in order, without hidden ones and those in hidden folders.
+
+    Links to folders are not followed. A subfolder that must not be read is listed, so that reading it says so.
+    """
+    found, folders = [], [folder]
+    while folders:
+        place = folders.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(place / entry.name)
+                    elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry):  # a link to itself has none
+                        found.append(place / entry.name)
+        except OSError:
+            found.append(place)
+    return sorted(found)
 
 
 def _what_else(content: bytes) -> str:
     """Say what a file is that is no picture, by its first bytes, and what to do with it."""
     if not content:
         return "an empty file"
-    found = [words for start, words in OTHERS if re.match(start, content[:1000].lstrip(), re.DOTALL | re.IGNORECASE)]
-    return found[0] if found else "not a picture that Pillow can open"
+    found = [
+        words for start, words in OTHERS if re.match(start, content[:BEGINNING].lstrip(), re.DOTALL | re.IGNORECASE)
+    ]
+    return found[0] if found else "not a picture of a format that is read: save it as JPEG or PNG first"
+
+
+def _why_unknown(content: bytes) -> str:
+    """Say why no decoder knows a picture whose beginning is right."""
+    if HEIC.match(content) and not importlib.util.find_spec("pillow_heif"):
+        return f"HEIC, which needs pillow-heif: {cli.install()}"
+    return "damaged: its header cannot be read"
 
 
 def _why_missing(name: str) -> str | None:
@@ -105,55 +136,3 @@ def _why_missing(name: str) -> str | None:
     if found := glob.glob(name):
         return f"a pattern that the shell did not expand; without quotes it stands for {len(found):,} files"
     return "no file matches this pattern"
-
-
-def _open(content: bytes) -> Image.Image:
-    """Open a picture without decoding it; HEIC by a package that is optional."""
-    try:
-        return Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        if not HEIC.match(content):
-            raise
-    if not importlib.util.find_spec("pillow_heif"):
-        raise PictureError(f"HEIC, which needs pillow-heif: {cli.install()}")
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    return Image.open(io.BytesIO(content))
-
-
-def _decode(content: bytes) -> Image.Image:
-    """Decode a picture if its header announces an acceptable size."""
-    image = None if RAW.match(content) else _open(content)
-    if image is None or DNG_VERSION in getattr(image, "tag_v2", ()):  # Pillow would open the small preview in it
-        raise PictureError("a camera's raw file: save it as JPEG first")
-    if image.width * image.height > MAX_PIXELS:
-        raise PictureError(f"{image.width:,} x {image.height:,} pixels are too many")
-    image.draft("RGB", (WORKING, WORKING))  # decodes a large JPEG to fewer pixels, which is faster
-    image.load()
-    return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and floating-point pixels to 8 bits; leave other images as they are."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-        scale = next((limit for limit in (1.0, 255.0, 65_535.0) if values.max() <= limit), values.max())
-        return Image.fromarray((values.clip(0) / scale * 255).round().astype(np.uint8))
-    return image
-
-
-def _smaller(image: Image.Image) -> Image.Image:
-    """Shrink a picture to a size that is enough to work with, and keep its EXIF orientation."""
-    factor = max(image.size) // WORKING
-    if factor < 2:
-        return image
-    reduced = image.convert("RGBA" if _is_transparent(image) else "RGB").reduce(factor)
-    reduced.info["exif"] = image.getexif().tobytes()
-    return reduced
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    return image.mode in TRANSPARENT or "transparency" in image.info

@@ -163,6 +163,8 @@ def test_every_form_is_read_verified_and_put_into_the_published_order(
 def test_the_shipped_order_is_that_of_the_published_images(tmp_path):
     train, test = data.load("train+val", "test")
     arrays = {part: (s.images.numpy(), s.labels.byte().numpy()) for part, s in (("train", train), ("t10k", test))}
+    assert data.fingerprint(train, test) in published.FINGERPRINTS
+    assert data.fingerprint(*data.load("train", "val", "test")) in published.FINGERPRINTS
     published.write_order(tmp_path / "order.npz", arrays)
     made, shipped = (dict(np.load(path)) for path in (tmp_path / "order.npz", published.ORDER))
     assert made.keys() == shipped.keys()
@@ -627,7 +629,7 @@ def test_pictures_that_are_moved_missing_or_new_are_noticed(tmp_path, others):
 def test_a_piece_of_parquet_that_is_missing_is_noticed(tmp_path, others):
     folder = write_parquet(tmp_path / "given", {"t10k": others["t10k"]}) / "fashion_mnist"
     (folder / "SHA256SUMS").write_text(listed(folder))
-    assert data.load("test", data_dir=folder)[0].source == "fashion_mnist"
+    assert data.load("test", data_dir=folder)[0].source == "fashion_mnist (own)"
     (folder / "test-00001-of-00002.parquet").unlink()
     with pytest.raises(data.DataError, match=r"test-00001-of-00002.parquet is missing, which SHA256SUMS lists"):
         data.load("test", data_dir=folder, other_data=True)

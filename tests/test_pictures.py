@@ -1,20 +1,37 @@
 """pictures/: any file, whatever its size, background or damage, becomes an image of the data set or one line."""
 
+import inspect
 import io
+import os
 import random
+import resource
+import struct
 import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pillow_heif
+import pyarrow as arrow
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from conftest import ROOT, in_a_fork, start_fork
+from PIL import Image, TiffImagePlugin
+from pyarrow import parquet
 
 import checkpoint
 import engine
+from dataset.forms import PARQUET
+from dataset.forms import decode as decode_of_a_set
+from dataset.idx import DataError
+from pictures import worker
 from pictures.convert import convert
-from pictures.read import PictureError, read
+from pictures.decode import decode
+from pictures.read import PictureError, files_below, read
+from runtime import cli
+from runtime.errors import UserError
 
 INTERPOLATIONS = [Image.Resampling.NEAREST, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
 
@@ -54,9 +71,10 @@ def test_images_of_the_data_set_pass_unchanged(images):
 def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, sample, interpolation):
     chance = random.Random(0)
     model, _ = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
-    jpegs = [saved(enlarged(i, chance, interpolation).convert("RGB"), "JPEG", quality=70) for i in images]
-    changed = sample["test"]._replace(images=torch.from_numpy(np.stack([seen(jpeg) for jpeg in jpegs])))
-    before, after = (engine.predict_logits(model, split).argmax(1) for split in (sample["test"], changed))
+    jpegs = [saved(enlarged(i, chance, interpolation).convert("RGB"), "JPEG", quality=70) for i in images[::2]]
+    both = torch.from_numpy(images[::2]), torch.from_numpy(np.stack([seen(jpeg) for jpeg in jpegs]))
+    splits = [sample["test"]._replace(images=each, labels=sample["test"].labels[::2]) for each in both]
+    before, after = (engine.predict_logits(model, split).argmax(1) for split in splits)
     assert (before == after).double().mean() > 0.95
 
 
@@ -111,14 +129,10 @@ def test_every_form_of_a_picture_is_seen_alike(images):
 
 
 def test_heic_names_the_package_that_it_needs(images, monkeypatch):
-    monkeypatch.setattr("pictures.read.Image.open", no_opener)  # another test may have registered it
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    monkeypatch.setattr(worker, "decode", decode)
     with pytest.raises(PictureError, match=r"HEIC, which needs pillow-heif: .* -m pip install -r requirements-opt"):
         read(heic(enlarged(images[0], random.Random(3)).convert("RGB")))
-
-
-def no_opener(file):
-    raise UnidentifiedImageError
 
 
 def test_a_raw_file_is_not_answered_by_its_preview(images):
@@ -167,11 +181,177 @@ def test_damage_ends_in_one_line(images, tally, tries):
         except Exception as error:
             lost.append(f"{number}: {error!r}")
     assert refused > 100
+    worker._end_all()
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20  # KiB
     tally("malformed or odd picture", 300 * tries, lost, wrong)
 
 
-def test_a_huge_header_is_refused_before_any_memory_is_taken():
-    png = bytearray(saved(Image.new("L", (10, 10))))
-    png[16:24] = (2**31 - 1).to_bytes(4, "big") * 2  # width and height of the header
+def progressive(scans):
+    """A progressive JPEG with its last scan so many times."""
+    content = saved(Image.new("L", (2000, 2000), 100), "JPEG", progressive=True)
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * scans + content[-2:]
+
+
+def tagged(count, length):
+    """A TIFF with so many tags, each of which refers to the same bytes, so many of them."""
+    tags = b"".join(struct.pack("<HHII", number, 2, length, 8) for number in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + tags + bytes(4 + length)
+
+
+def png(*chunks):
+    """A PNG of these chunks: type, content."""
+    summed = (
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(summed)
+
+
+SMALL = (b"IHDR", struct.pack(">IIBBBBB", 10, 10, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(110))), (b"IEND", b"")
+BOMBS = {  # a small file that costs much: what it holds, and what is said of it
+    "tags of a TIFF": (lambda: tagged(60_000, 100_000), "damaged, or takes more than 1 GB of memory"),
+    "floating-point TIFF": (
+        lambda: saved(Image.new("F", (5000, 5000)), "TIFF", compression="tiff_adobe_deflate"),
+        "5,000 x 5,000 pixels are too many: at most 18,000,000",
+    ),
+    "PNG's profile": (
+        lambda: png(SMALL[0], (b"iCCP", b"a\0\0" + zlib.compress(bytes(10**7))), *SMALL[1:]),
+        "damaged: Decompressed data too large",
+    ),
+    "GIF's canvas": (lambda: b"GIF89a" + b"\xff" * 4 + bytes(3) + b",\0\0\0\0\1\0\1\0\0\2\2L\1\0;", "too many pixels"),
+    "PNG's header": (
+        lambda: png((b"IHDR", b"\x7f\xff\xff\xff" * 2 + b"\x08\0\0\0\0")),
+        "damaged: its header cannot be read",
+    ),
+    "PostScript": (
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not a picture of a format that is read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_picture_that_costs_much_is_refused_and_the_next_one_is_read(name, images):
+    make, reason = BOMBS[name]
+    with pytest.raises(PictureError, match=f"^{reason}"):
+        read(make())
+    assert np.array_equal(seen(saved(Image.fromarray(images[0]))), images[0])
+
+
+@pytest.mark.parametrize("limits", [(0.3, 1000), (1000, 0.5)], ids=["processor", "clock"])
+def test_a_picture_that_takes_long_is_refused(limits, monkeypatch):
+    monkeypatch.setattr(worker, "SECONDS", limits[0])
+    monkeypatch.setattr(worker, "PATIENCE", limits[1])
+    with pytest.raises(PictureError, match=r"^takes more than [\d.]+ s to decode: save it anew as JPEG$"):
+        read(progressive(6_000))
+
+
+def test_the_decoder_itself_knows_no_postscript():
+    """Pillow would start Ghostscript."""
+    with pytest.raises(UserError, match=r"^$"):
+        decode(BOMBS["PostScript"][0]())
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, beginning in (("video", b"\0\0\0\x18ftypmp42"), ("jpeg", b"\xff\xd8\xff\xe0")):
+        with open(tmp_path / name, "wb") as file:
+            file.write(beginning)
+            file.truncate(2**40)
+    before = bytes_read()
+    reasons = {"pipe": "a pipe or a device", "video": "a video", "jpeg": "larger than 256 MiB"}
+    for name, reason in reasons.items():
+        with pytest.raises(PictureError, match=f"^{reason}"):
+            read(tmp_path / name)
+    with pytest.raises(PictureError, match=r"a pipe or a device, not a file: pipe a picture to .*predict.py -$"):
+        read("/dev/zero")
+    assert bytes_read() - before < 10_000
+
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_folder_of_loops_devices_and_depth_is_searched(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "self.png").symlink_to("self.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "c.png").touch()
+    (tmp_path / "b.png").touch()
+    deep = tmp_path
+    for _ in range(300):
+        deep = deep / "a"
+        deep.mkdir()
+    (deep / "a.png").touch()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    found = files_below(tmp_path)
+    sys.setrecursionlimit(limit)
+    assert found == [deep / "a.png", tmp_path / "b.png"]
+
+
+def test_the_process_that_decodes_inherits_no_secret_and_is_kept(images, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "secret")
+    monkeypatch.setattr(worker, "_idle", [])
+    content = saved(Image.fromarray(images[0]))
+    read(content)
+    (kept,) = worker._idle
+    assert b"secret" not in Path(f"/proc/{kept._process.pid}/environ").read_bytes()
     with pytest.raises(PictureError):
-        read(bytes(png))
+        read(content[:60])
+    read(content)
+    assert worker._idle == [kept]
+    with ThreadPoolExecutor(3) as pool:  # as many processes as pictures at the same time
+        found = list(pool.map(seen, [saved(Image.fromarray(image)) for image in images[:12]]))
+    assert np.array_equal(found, images[:12])
+    for each in worker._idle:
+        each._process.kill()  # as a system without memory does
+        each._process.wait()
+    assert np.array_equal(seen(content), images[0])
+    worker._end_all()
+
+
+def read_slowly(path):
+    cli.run(lambda: print(read(path)))
+
+
+def test_a_signal_is_answered_during_a_slow_picture(tmp_path):
+    (tmp_path / "slow.jpg").write_bytes(progressive(20_000))
+    process = start_fork(tmp_path / "log", read_slowly, tmp_path / "slow.jpg")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.01)
+    time.sleep(0.3)  # the process that decodes starts
+    process.terminate()
+    process.join(2)
+    assert process.exitcode == 143
+    assert not Path(f"/proc/{found[0]}").exists()
+
+
+def test_a_picture_of_a_data_set_takes_little_memory(tmp_path):
+    """The data set's reader decodes in its own process: what can be large there is refused before that."""
+    small = saved(Image.new("L", (28, 28)), "JPEG")
+    exif = b"".join(b"\xff\xe1\xfd\xf0Exif\0\0" + part for part in pieces(tagged(20_000, 100_000), 65_000))
+    for content, reason in (
+        (tagged(2_000, 20_000), "none of PNG, JPEG"),
+        (small[:2] + exif + small[2:], "50,000 bytes"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            decode_of_a_set("a picture", content)
+    repeated = arrow.DictionaryArray.from_arrays(arrow.array([0] * 100), arrow.array([bytes(10_000_000)]))
+    table = arrow.table({"image": repeated, "label": [0] * 100})
+    parquet.write_table(table, tmp_path / "train.parquet", compression="zstd", store_schema=False)
+    assert in_a_fork(memory_of_reading, tmp_path / "train.parquet") < 300  # 1,000 where each row has its own copy
+
+
+def pieces(content, length):
+    return [content[start : start + length].ljust(length, b"\0") for start in range(0, len(content), length)]
+
+
+def memory_of_reading(path):
+    """MiB that are taken to refuse a parquet file."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="50,000 bytes"):
+        PARQUET.read([path], "train")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10

@@ -15,7 +15,7 @@ from PIL import Image
 
 import checkpoint
 import engine
-from analysis.classify import SURE
+from analysis.classify import SURE, Classified, Csv
 from data import CLASSES
 from runtime import cli
 
@@ -40,7 +40,8 @@ def test_a_folder_is_classified_and_a_file_that_is_not_a_picture_is_skipped_with
     finished = predict(folder, "--json", "--top", 10)
     assert finished.returncode == 1
     errors = [line for line in finished.stderr.splitlines() if "notes.txt" in line]
-    assert errors == [f"predict.py: {folder / 'notes.txt'}: not a picture that Pillow can open"]
+    reason = "not a picture of a format that is read: save it as JPEG or PNG first"
+    assert errors == [f"predict.py: {folder / 'notes.txt'}: {reason}"]
     rows = [json.loads(line) for line in finished.stdout.splitlines()]
     assert [row["picture"] for row in rows] == sorted(str(path) for path in folder.rglob("*.png"))
     model, _ = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
@@ -62,6 +63,11 @@ def test_table_and_csv_say_the_same(folder):
     assert row["picture"] == str(picture)
     assert line.startswith(str(picture)[:50])
     assert f"{row['class 1']} {float(row['probability 1']):.1%}, {row['class 2']}" in line
+
+
+def test_a_name_in_csv_is_no_formula():
+    row = Classified("=HYPERLINK(1)", np.zeros((28, 28), np.uint8), [("-Bag", 1.0)])
+    assert Csv(1, [row.name], ["-Bag"]).line(row) == "'=HYPERLINK(1),'-Bag,'-Bag,1.0"
 
 
 def test_what_is_no_picture_is_named(folder):
