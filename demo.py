@@ -2,14 +2,19 @@
 
 python demo.py                      # the shipped CNN and MLP side by side
 python demo.py A.pt B.pt --port 8000
+python demo.py --host 0.0.0.0 --password     # for other machines too; asks for the password
 
-needs pip install -r requirements-optional.txt. No picture leaves this machine, and no network is needed.
+needs pip install -r requirements-optional.txt. Pictures go to the machine that this runs on, and no further.
 """
 
 import argparse
+import getpass
 import importlib.util
+import ipaddress
 import os
 import socket
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +28,6 @@ if TYPE_CHECKING:
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("GRADIO_TEMP_DIR", str(cli.ROOT / ".cache" / "gradio"))
 
 DEFAULTS = [cli.DEFAULT_CHECKPOINT, cli.CHECKPOINTS / "best_mlp_fmnist.pt"]
 
@@ -41,6 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=cli.whole_number(1, 65_535), default=7860, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    parser.add_argument(
+        "--password",
+        action="store_true",
+        help="ask for a password, or read it from stdin, that the page then asks for",
+    )
     cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
@@ -51,39 +60,57 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not importlib.util.find_spec("gradio"):
         raise UserError(f"this needs gradio: {cli.install()}")
-    files.check_folder(os.environ["GRADIO_TEMP_DIR"])
-    check_address(args.host, args.port)
+    base = uploads_folder()
+    files.check_folder(base)
+    local = check_address(args.host, args.port)
+    password = read_password() if args.password else None
+    if not local and not password:
+        print("warning: whoever reaches this machine can use the page: add --password", file=sys.stderr)
     candidates, train, test = load(args)
     print("computing the training images' features, to find those nearest to a picture …", flush=True)
-    import gradio  # takes seconds, so after everything that can be wrong
+    from analysis import serve
 
-    from analysis import page
+    with serve.uploads(base) as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(uploads)
+        os.environ["no_proxy"] = "*"  # Gradio asks itself whether it runs
+        from analysis import page  # imports gradio, which takes seconds, so after everything that can be wrong
 
-    built = page.layout(page.Explainer(candidates, train), test)
-    try:
-        built.launch(
-            server_name=args.host,
-            server_port=args.port,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        )
-    except OSError as error:
-        raise UserError(f"{error}: choose another --port") from None
-    print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
-    threading.Event().wait()
+        built = page.layout(page.Explainer(candidates, train), test, local)
+        with page.served(built, args.host, args.port, serve.names(args.host, local), uploads, password):
+            login = f"; the user's name is {page.USER}" if password else ""
+            print(f"http://{page.bracketed(args.host)}:{args.port}  (Ctrl-C ends it{login})", flush=True)
+            threading.Event().wait()
     return 0
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise UserError unless this machine can listen at the address."""
+def uploads_folder() -> Path:
+    """Return the folder below which the pictures of a session lie until it ends."""
+    given = os.environ.get("GRADIO_TEMP_DIR")  # others may use it too
+    return Path(given, "fashion-mnist-demo") if given else cli.ROOT / ".cache" / "gradio"
+
+
+def check_address(host: str, port: int) -> bool:
+    """Say whether an address can be reached from this machine only.
+
+    Raises UserError unless this machine can listen there.
+    """
     try:
-        family = socket.getaddrinfo(host, port)[0][0]
+        family, _, _, _, address = socket.getaddrinfo(host, port)[0]
         with socket.create_server((host, port), family=family):
-            pass
+            return ipaddress.ip_address(address[0]).is_loopback
     except OSError as error:
         raise UserError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host") from None
+
+
+def read_password() -> str:
+    """Ask for the password, or read one line from a stdin that is no terminal, so that `ps` does not show it.
+
+    Raises UserError for one that is easily guessed.
+    """
+    given = getpass.getpass("password of the page: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    if len(given) < 8:
+        raise UserError("the password needs at least 8 characters: type it, or pipe it to this command")
+    return given
 
 
 def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]:

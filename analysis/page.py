@@ -1,23 +1,39 @@
 """The page of demo.py: how it looks (by Gradio), and what it shows of a picture.
 
-page = layout(Explainer(candidates, train), test)
+page = layout(Explainer(candidates, train), test, local=True)
+with served(page, "127.0.0.1", 7860, serve.names("127.0.0.1", True), uploads, password=None):
+    input("Enter ends it")
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio
 import numpy as np
+from gradio.components.base import server
+from gradio.components.image_editor import EditorData
+from gradio.data_classes import DataWithFiles
 from PIL import Image, ImageOps
+from starlette.middleware import Middleware
 
-from analysis import classify, explain
+from analysis import classify, explain, serve
 from data import CLASSES, Split
 from pictures.convert import convert
-from pictures.read import PictureError, opaque, read
+from pictures.read import PictureError, read
+from runtime.errors import UserError
 
 SHOWN = 280  # pixels a side of the pictures on the page
 NEIGHBOURS = 8
 EXAMPLES = (0, 1, 2, 8, 12, 18)  # test images that the page offers
+MOST = 50_000_000  # bytes of an uploaded picture
+AT_ONCE = 4  # pictures that are read at the same time …
+OF_ONE = 2  # … and those of one address, so that others need not wait for its slow ones
+WAITING = 64  # pictures, and drawings, that wait to be read
+USER = "demo"  # the name to log in with
 
 
 class Explainer:
@@ -29,22 +45,38 @@ class Explainer:
         self.train = train
         self.model = candidates[0].model
         self.references = explain.features(self.model, train.to(next(self.model.parameters()).device))[1]
+        self.explaining = threading.Lock()  # the models have one set of hooks
+        self.turns: defaultdict[str, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(OF_ONE))
 
-    def answer(self, source: Any) -> list[Any]:
-        """Return what the page shows for a picture's path or for a drawing (Gradio's dict): the values of explain().
+    def answer(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
+        """Return what the page shows for a path or a file's bytes: the values of explain(), or nothing without either.
 
-        Nothing is shown for no picture or an empty canvas. Raises gradio.Error for an unreadable picture.
+        Raises gradio.Error for an unreadable picture.
         """
-        drawn = isinstance(source, dict)
-        nothing = [None] * (3 + len(self.candidates))
-        if source is None or (drawn and source["composite"] is None):
-            return nothing
         try:
-            return self.explain(convert(opaque(source["composite"]) if drawn else read(source)))
+            return self._answer(source, request.client.host)
         except PictureError as error:
-            if drawn:  # an empty canvas
-                return nothing
             raise gradio.Error(str(error), print_exception=False) from None
+
+    def answer_drawing(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
+        """Return the same for a drawing; an empty canvas is no picture."""
+        try:
+            return self._answer(source, request.client.host)
+        except PictureError:
+            return self._answer(None, request.client.host)
+
+    def _answer(self, source: str | bytes | None, client: str) -> list[Any]:
+        if source is None:
+            return [None] * (3 + len(self.candidates))
+        turn = self.turns[client]
+        if not turn.acquire(blocking=False):
+            raise gradio.Error("your other pictures are being read: try again in some seconds", print_exception=False)
+        try:
+            pixels = convert(read(source))
+        finally:
+            turn.release()
+        with self.explaining:
+            return self.explain(pixels)
 
     def explain(self, pixels: np.ndarray) -> list[Any]:
         """Explain an image, uint8 (28, 28): itself, where the first model looked, all answers, nearest images."""
@@ -66,17 +98,42 @@ class Explainer:
         ]
 
 
-def layout(explainer: Explainer, test: Split) -> gradio.Blocks:
-    """Lay out the page and connect it with the explainer; a few test images serve as examples."""
+class Drawings:
+    """The drawings that the page has sent, until they are read; the newest ones only."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.waiting: OrderedDict[str, bytes] = OrderedDict()
+
+    @server
+    def accept(self, sent: DataWithFiles) -> None:
+        """Keep a whole drawing under the name that the page chose; it sends the layers too."""
+        if sent.data["type"] == "composite":
+            self.waiting[sent.data["id"]] = sent.files[0][1]
+            if len(self.waiting) > WAITING:
+                self.waiting.popitem(last=False)
+
+    def take(self, drawn: EditorData | None) -> str | bytes | None:
+        """Return the drawing that the page names: the file's bytes if it was sent like this, or else its path."""
+        if drawn is None or drawn.id is None:
+            return _path_of(drawn.composite) if drawn else None
+        return self.waiting.pop(drawn.id, None)
+
+
+def layout(explainer: Explainer, test: Split, local: bool) -> gradio.Blocks:
+    """Lay out the page and connect it with the explainer; a few test images serve as examples.
+
+    local: whether the page can be reached from this machine only. The page says where the pictures go.
+    """
     what = "garment" if tuple(test.classes) == CLASSES else "object"
-    with gradio.Blocks(title=test.source, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gradio.Blocks(title=test.source, analytics_enabled=False, delete_cache=(60, serve.KEPT)) as page:
         gradio.Markdown(
             f"# What {what} is it?\nChoose a picture of one {what} on a plain background, light or dark, or draw one. "
-            "It stays on this machine."
+            f"{serve.where(local)}"
         )
         with gradio.Row():
             with gradio.Column():
-                inputs = _inputs(test)
+                picture, drawing = _inputs(test)
             with gradio.Column():
                 seen = _picture("What the models saw")
                 heat = _picture("Where the first one looked (Grad-CAM; for an MLP, gradient x input)")
@@ -84,9 +141,51 @@ def layout(explainer: Explainer, test: Split) -> gradio.Blocks:
                 labels = [gradio.Label(label=each.name, num_top_classes=10) for each in explainer.candidates]
         gradio.Markdown("The nearest training images, by the features of the first model")
         near = gradio.Gallery(label="nearest", show_label=False, columns=NEIGHBOURS, height=170, buttons=[])
-        for each in inputs:
-            each.change(explainer.answer, each, [seen, heat, *labels, near])
+        shown = [seen, heat, *labels, near]
+        for each, answer in ((picture, explainer.answer), (drawing, explainer.answer_drawing)):
+            each.change(answer, each, shown, concurrency_id="read", api_visibility="private")
     return page
+
+
+@contextlib.contextmanager
+def served(
+    page: gradio.Blocks, host: str, port: int, names: Collection[str], uploads: Path, password: str | None
+) -> Iterator[None]:
+    """Serve the page in the background, with all that Gradio could do beyond it turned off.
+
+    names: of the machine, in a client's request; uploads: the only folder with files of the page. Raises UserError if
+    another program has just begun to listen there.
+    """
+    page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+    try:
+        page.launch(
+            server_name=bracketed(host),
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            share=False,
+            mcp_server=False,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            max_file_size=MOST,
+            auth=(USER, password) if password else None,
+            auth_message=f"The user's name is {USER}.",
+            app_kwargs={"middleware": [Middleware(serve.Gate, uploads=uploads, names=names, most=MOST)]},
+        )
+    except OSError as error:
+        raise UserError(f"{error}: choose another --port") from None
+    try:
+        yield
+    finally:
+        page.close(verbose=False)
+
+
+def bracketed(host: str) -> str:
+    """Write a host as in an address of the web: an IPv6 address stands in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
@@ -95,25 +194,30 @@ def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
         picture = gradio.Image(sources=["upload", "clipboard"], label="drop, paste or choose", height=SHOWN)
         picture.preprocess = _path_of  # type: ignore[method-assign, assignment]
         # Not gradio.Examples: a click on one makes the session a new Image, without this preprocess.
-        pictures = [[example] for example in examples(test)]
+        pictures = examples(test)
         offered = gradio.Dataset(
-            components=[picture], samples=pictures, type="values", label="test images of the data set"
+            components=[picture],
+            samples=[[example] for example in pictures],
+            type="index",
+            label="test images of the data set",
         )
-        offered.click(lambda sample: sample[0], offered, picture)
+        offered.click(lambda index: pictures[index], offered, picture, api_visibility="private")
     with gradio.Tab("Drawing"):
         drawing = gradio.Sketchpad(
-            type="pil",
             canvas_size=(SHOWN, SHOWN),
             label="take the brush, and draw",
             brush=gradio.Brush(default_size=14, colors=["#000000", "#808080"]),
             transforms=(),
             layers=False,
         )
+        drawings = Drawings()
+        drawing.accept_blobs = drawings.accept
+        drawing.preprocess = drawings.take  # type: ignore[method-assign, assignment]
     return picture, drawing
 
 
 def _path_of(file: gradio.FileData | None) -> str | None:
-    """Hand a file to pictures.read as it is, instead of decoded by Gradio, which has checked that it was uploaded."""
+    """Hand a file to pictures.read as it is, instead of decoded by Gradio; the gate has checked that it is here."""
     return file.path if file else None
 
 

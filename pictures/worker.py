@@ -124,7 +124,10 @@ def decode(content: bytes) -> Image.Image:
 
     Raises UserError if it is damaged or too large; without words if no decoder knows it.
     """
-    worker = _idle.pop() if _idle else Worker()
+    try:
+        worker = _idle.pop()
+    except IndexError:  # another thread may have taken the last one at this moment
+        worker = Worker()
     if not worker.is_alive():
         worker = Worker()
     try:

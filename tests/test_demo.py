@@ -1,20 +1,31 @@
-"""demo.py in a real browser: a picture, a drawing, the examples, and nothing sent anywhere."""
+"""demo.py in a real browser: a picture, a drawing, the examples, and nothing sent anywhere. And what it refuses."""
 
 import base64
+import io
+import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.client import HTTPConnection
 
+import httpx
 import pytest
 from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
 from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
+from analysis import serve
 from data import CLASSES
 
 EXAMPLES = 6
+PASSWORD = "of the tests"
+EXAMPLE, PICTURE, DRAWING = range(3)  # the page's functions
+META = {"meta": {"_type": "gradio.FileData"}}
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +34,30 @@ def log(tmp_path_factory):
     return tmp_path_factory.mktemp("demo") / "log"
 
 
-@pytest.fixture(scope="module")
-def address(log):
-    """Where the page is served, from the moment on when the server says so."""
+def free():
+    """Find a port where nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [sys.executable, "demo.py", "--port", str(port), "--data-dir", str(SAMPLE)]
-    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as process:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    """The folder with the sessions' folders; a killed session has left its own there."""
+    folder = tmp_path_factory.mktemp("uploads") / "fashion-mnist-demo"
+    (folder / "killed").mkdir(parents=True)
+    (folder / "killed" / "picture.png").write_text("someone's")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(log, uploads):
+    """Where the page is served, from the moment on when the server says so; its folder is gone at the end."""
+    port = free()
+    command = [sys.executable, "demo.py", "--port", str(port), "--data-dir", str(SAMPLE), "--password"]
+    options = {"cwd": ROOT, "env": os.environ | {"GRADIO_TEMP_DIR": str(uploads.parent)}, "stdin": subprocess.PIPE}
+    with open(log, "w") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as process:
+        process.stdin.write(f"{PASSWORD}\n".encode())
+        process.stdin.close()
         try:
             for _ in range(10_000):
                 assert process.poll() is None, log.read_text()
@@ -40,6 +68,8 @@ def address(log):
             yield f"http://127.0.0.1:{port}"
         finally:  # else the end of the process would be waited for
             process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [file.name for file in uploads.iterdir()] == ["sessions.lock"]
 
 
 @pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
@@ -53,6 +83,7 @@ def page(request, browser, address):
         lambda url: not url.startswith((address, "data:", "blob:")),
         lambda route: (page.outside.append(route.request.url), route.abort()),
     )
+    context.request.post(f"{address}/login", form={"username": "demo", "password": PASSWORD})
     page.goto(address)
     page.get_by_text("What garment is it?").wait_for(timeout=60_000)
     yield page
@@ -63,7 +94,21 @@ def again(page):
     """Load the page anew."""
     page.reload()
     page.get_by_text("What garment is it?").wait_for(timeout=60_000)
-    page.wait_for_timeout(1000)
+    page.wait_for_load_state("networkidle")
+
+
+def quiet(page):
+    """Wait until the page has asked for nothing for a second."""
+    asked, before = [], -1
+
+    def note(request):
+        asked.append(request)
+
+    page.on("request", note)
+    while len(asked) > before:
+        before = len(asked)
+        page.wait_for_timeout(1000)
+    page.remove_listener("request", note)
 
 
 def answers(page):
@@ -102,6 +147,7 @@ def test_a_click_on_an_example_answers_it_and_leaves_the_page_working(page, samp
     page.set_input_files("input[type=file] >> nth=0", picture)
     assert answers(page) == right
     removed(page)
+    assert page.get_by_text("It stays on the machine that runs this page").count() == 1
     page.evaluate(COPY, base64.b64encode(picture.read_bytes()).decode())
     page.get_by_label("Paste from clipboard").click()
     assert answers(page) == right
@@ -124,7 +170,7 @@ def test_a_file_that_is_not_a_picture_is_an_error_on_the_page(page, log, tmp_pat
     (tmp_path / "none.png").write_text("not a picture")
     again(page)
     page.set_input_files("input[type=file] >> nth=0", tmp_path / "none.png")
-    page.get_by_text("not a picture that Pillow can open").wait_for(timeout=60_000)
+    page.get_by_text("not a picture").wait_for(timeout=60_000)
     assert "Traceback" not in log.read_text()
 
 
@@ -141,13 +187,208 @@ def test_a_drawing_is_answered_and_cleared(page):
         page.mouse.move(x + w * column / 100, y + h * 0.8, steps=3)
         page.mouse.up()
     assert len(answers(page)) == 2
+    quiet(page)  # Gradio may send a stroke after the clearing that followed it
     page.get_by_label("Clear canvas").click()
     expect(page.locator("h2[data-testid=label-output-value]")).to_have_count(0, timeout=60_000)
     assert page.get_by_text("Error", exact=True).count() == 0
     assert page.outside == []
 
 
+@pytest.fixture(scope="module")
+def client(address):
+    """Someone who has logged in, and sends what no browser would."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        assert client.post("/login", data={"username": "demo", "password": PASSWORD}).is_success
+        yield client
+
+
+def upload(client, content):
+    """Upload a file; returns its path."""
+    return client.post("/gradio_api/upload", files={"files": ("own.jpg", content)}).json()[0]
+
+
+def ask(client, number, value, **fields):
+    """Call a function of the page: the HTTP status and, of a call that is taken, the last message."""
+    session = os.urandom(8).hex()
+    content = {"data": [value], "fn_index": number, "session_hash": session, **fields}
+    response = client.post("/gradio_api/queue/join", json=content)
+    if not response.is_success:
+        return response.status_code, None
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as messages:
+        for line in messages.iter_lines():
+            if '"process_completed"' in line:
+                return 200, json.loads(line.removeprefix("data:"))["output"]
+
+
+def jpeg(image, **options):
+    """Save an image as a JPEG file's bytes."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def test_a_request_can_name_only_what_was_uploaded(client, uploads, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    Image.new("L", (50, 50), 255).save(tmp_path / "secret.png")
+    path = upload(client, jpeg(Image.linear_gradient("L")))
+    folder = os.path.dirname(os.path.dirname(path))
+    os.symlink(tmp_path / "secret.png", f"{folder}/link.png")
+    outside = [tmp_path / "secret.png", f"{folder}/../../../{tmp_path.name}/secret.png", f"{folder}/link.png"]
+    others = [
+        "/dev/zero",
+        tmp_path / "pipe",
+        "/proc/self/environ",
+        folder,
+        "",
+        "\0",
+        "a" * 5000,
+        "docs/figures/seen.png",
+    ]
+    addresses = [
+        "http://127.0.0.1:1/a.png",
+        "https://example.com/a.png",
+        "file:///etc/passwd",
+        "data:image/png;base64,",
+    ]
+    for name in [*map(str, outside + others), *addresses, 5, True, [path], {"path": "/dev/zero"}]:
+        for file in ({"path": name}, {"path": name, **META}, {"path": name, "is_stream": True, **META}):
+            places = [(PICTURE, file), (DRAWING, {"composite": file}), (DRAWING, {"layers": [file]}), (EXAMPLE, file)]
+            assert {ask(client, *place)[0] for place in places} == {400}, file
+        assert ask(client, PICTURE, None, event_data=[{"value": {"path": name}}])[0] == 400
+    for url in addresses:
+        assert ask(client, PICTURE, {"url": url})[1]["data"][0] is None
+    for file in ({"path": path}, {"path": path, **META}):
+        assert ask(client, PICTURE, file)[1]["data"][0]["path"].startswith(str(uploads))
+    assert ask(client, DRAWING, {"composite": file})[1]["data"][0]
+
+
+def test_nothing_is_served_but_the_page(client, address):
+    folder = "/gradio_api/file="
+    files = ["/etc/passwd", str(ROOT / "README.md"), "https://example.com", "http://127.0.0.1:1", "/dev/zero"]
+    hidden = [folder + name for name in files] + ["/gradio_api/proxy=https://example.com", "/monitoring/summary"]
+    hidden += ["/gradio_api/info", "/gradio_api/vibe-code", "/gradio_api/deep_link", "/gradio_api/file/etc/passwd"]
+    assert {client.get(path).status_code for path in hidden} == {404}
+    calls = ["run/answer", "api/answer", "call/answer", "process_recording", "vibe-edit", "vibe-code", "cancel"]
+    assert {client.post(f"/gradio_api/{call}", json={"data": []}).status_code for call in calls} == {404}
+    assert {client.request(method, "/").status_code for method in ("PUT", "DELETE", "OPTIONS", "PATCH")} == {404}
+    with httpx.Client(base_url=address) as stranger:
+        assert stranger.post("/login", data={"username": "demo", "password": "guessed it"}).status_code == 400
+        assert [stranger.get(path).status_code for path in ("/config", "/gradio_api/queue/data")] == [401, 401]
+        assert ask(stranger, PICTURE, None)[0] == stranger.post("/gradio_api/upload").status_code == 401
+
+
+def test_other_web_pages_cannot_ask(client, address):
+    port = address.rsplit(":", 1)[1]
+    for host in (f"evil.com:{port}", "127.0.0.1.evil.com", "", "[", "a@127.0.0.1", "0x7f.1", f"127.0.0.1:{port}:1"):
+        assert client.get("/", headers={"Host": host}).status_code == 400, host
+    for host in (f"localhost:{port}", "LOCALHOST", f"[::1]:{port}", "192.0.2.1"):
+        assert client.get("/", headers={"Host": host}).status_code == 200, host
+    for origin in ("http://evil.com", "null", "http://[", f"http://localhost:{port}"):
+        assert client.post("/gradio_api/upload", headers={"Origin": origin}).status_code == 403, origin
+    assert socket.gethostname().lower() in serve.names("0.0.0.0", local=False)
+    assert serve.names("127.0.0.1", local=True) == {"localhost", "127.0.0.1"}
+
+
+def test_no_request_is_larger_than_it_needs_to_be(client, address):
+    sizes = {"upload": 60_000_000, "queue/join": 200_000, "component_server/": 2_000_000}
+    for call, size in sizes.items():
+        connection = HTTPConnection(address.removeprefix("http://"))
+        connection.request("POST", f"/gradio_api/{call}", headers={"Content-Length": size})
+        assert connection.getresponse().status == 413
+        connection.close()
+        assert client.post(f"/gradio_api/{call}", content=iter([b"a"])).status_code == 411  # in chunks, without an end
+    for content in (b'{"data": ' + b"[" * 90_000, b'{"data": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", b"{"):
+        assert client.post("/gradio_api/queue/join", content=content).status_code == 400
+
+
+def test_drawings_that_wait_take_little_memory(client):
+    config = client.get("/config").json()
+    number = next(part["id"] for part in config["components"] if "accept_blobs" in part["props"].get("server_fns", []))
+    gradient = jpeg(Image.linear_gradient("L"))
+
+    def send(name, kind="composite", index="null"):
+        fields = {"id": name, "type": kind, "index": index, "fn_name": "accept_blobs", "session_hash": "a"}
+        content = {"files": {"file": ("a.jpg", gradient)}, "data": fields | {"component_id": str(number)}}
+        assert client.post("/gradio_api/component_server/", **content).is_success
+
+    send("a", "layer", "2000000000")  # a list of so many layers would take 16 GB
+    for name in range(70):
+        send(str(name))
+    assert ask(client, DRAWING, {"id": "0"})[1]["data"][0] is None
+    assert ask(client, DRAWING, {"id": "69"})[1]["data"][0]
+
+
+def test_the_folder_of_pictures_never_holds_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "FULL", 1000)
+    gate = serve.Gate(None, tmp_path, {"localhost"}, most=800)
+    scope = {"type": "http", "method": "POST", "path": serve.UPLOAD}
+    request = serve.Request(scope | {"headers": [(b"content-length", b"500")]})
+    gate._check_route(request)
+    for name in ("of a broken upload", "of a picture/it"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(300))
+    with pytest.raises(serve.Refused, match="too many"):
+        gate._check_route(request)
+    os.utime(tmp_path / "of a broken upload", (0, 0))
+    (tmp_path / "emptied").mkdir()
+    os.utime(tmp_path / "emptied", (0, 0))
+    with pytest.raises(serve.Refused, match="too many"):
+        gate._check_route(request)
+    gate._check_route(request)
+    assert [file.name for file in tmp_path.iterdir()] == ["of a picture"]
+
+
+def test_a_slow_picture_of_one_does_not_stop_another(client, address):
+    content = jpeg(Image.new("L", (2000, 2000), 128), progressive=True)
+    last = content.rindex(b"\xff\xda")  # a scan, which takes as much time each time it is repeated
+    slow = {"path": upload(client, content[:last] + 500 * content[last:-2] + content[-2:])}
+    quick, ends = {"path": upload(client, jpeg(Image.linear_gradient("L")))}, {}
+
+    def answer(name, someone, file):
+        ends[name] = ask(someone, PICTURE, file)[1], time.monotonic()
+
+    busy = [threading.Thread(target=answer, args=(number, client, slow)) for number in range(2)]
+    for thread in busy:
+        thread.start()
+    time.sleep(0.2)
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2" if sys.platform == "linux" else None)
+    with httpx.Client(base_url=address, timeout=60, transport=elsewhere, cookies=client.cookies) as other:
+        answer("quick", other, quick)
+    assert "try again" in ask(client, PICTURE, quick)[1]["error"]  # the third picture of the first address
+    for thread in busy:
+        thread.join()
+    assert ends["quick"][0]["data"]
+    assert ends["quick"][1] < min(ends[0][1], ends[1][1])
+
+
+def test_a_session_removes_its_pictures_and_those_of_killed_ones_alone(uploads, address, tmp_path):
+    assert not (uploads / "killed").exists()
+    code = "import sys, time; from pathlib import Path; from analysis import serve; from runtime import cli\n"
+    code += "def main():\n with serve.uploads(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)\n"
+    command = [sys.executable, "-c", code + "cli.run(main)", str(tmp_path / "base")]
+    run = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **run) as ended, subprocess.Popen(command, **run) as killed:
+        folders = [process.stdout.readline().strip() for process in (ended, killed)]
+        for folder in folders:
+            (tmp_path / folder / "picture.png").write_text("someone's")
+        killed.kill()
+        killed.wait()
+        with serve.uploads(tmp_path / "base") as mine:
+            assert [os.path.exists(folder) for folder in folders] == [True, False]
+            ended.send_signal(signal.SIGHUP)
+            assert ended.wait() == 128 + signal.SIGHUP
+            assert mine.exists()
+    assert [file.name for file in (tmp_path / "base").iterdir()] == ["sessions.lock"]
+
+
+def test_who_can_reach_the_page_is_said(tmp_path):
+    finished = run_script("demo.py", tmp_path / "none.pt", "--data-dir", SAMPLE, "--host", "0.0.0.0", "--port", free())
+    assert re.match("warning: .*--password", finished.stderr)
+    assert "goes unencrypted to the machine" in serve.where(local=False)
+
+
 def test_bad_arguments_get_one_clear_line(address):
+    assert_one_line_error(run_script("demo.py", "--password", "--port", free()), "at least 8 characters")
     port = address.rsplit(":", 1)[1]
     assert_one_line_error(run_script("demo.py", "--port", "0"), "--port")
     assert_one_line_error(run_script("demo.py", "none.pt", "--port", port), "choose another --port")  # noticed first
