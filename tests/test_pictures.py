@@ -157,11 +157,11 @@ def test_from_the_smallest_to_the_largest():
         seen(saved(Image.new("1", (12_001, 12_000))))
 
 
-def test_damage_ends_in_one_line(images, tally, tries):
-    """A truncated, altered, foreign or empty file is read or raises PictureError; nothing else happens."""
+def damage(image, count):
+    """Read damaged pictures; return how many were refused, lost and wrong, and the memory of the decoder in KiB."""
     chance, refused, lost, wrong = random.Random(0), 0, [], []
-    contents = [content for _, content in forms(enlarged(images[1], chance))]
-    for number in range(300 * tries):
+    contents = [content for _, content in forms(enlarged(image, chance))]
+    for number in range(count):
         content = bytearray(contents[number % len(contents)])
         kind = chance.randrange(4)
         if kind == 0:
@@ -180,9 +180,15 @@ def test_damage_ends_in_one_line(images, tally, tries):
             refused += 1
         except Exception as error:
             lost.append(f"{number}: {error!r}")
-    assert refused > 100
     worker._end_all()
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20  # KiB
+    return refused, lost, wrong, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def test_damage_ends_in_one_line(images, tally, tries):
+    """A truncated, altered, foreign or empty file is read or raises PictureError; nothing else happens."""
+    refused, lost, wrong, memory = in_a_fork(damage, images[1], 300 * tries)  # which has no other children
+    assert refused > 100
+    assert memory < 2**20
     tally("malformed or odd picture", 300 * tries, lost, wrong)
 
 
