@@ -102,7 +102,8 @@ def fused_pool_relu(x: torch.Tensor) -> torch.Tensor:
 
 def _is_training() -> bool:
     """Say whether gradients are wanted, and no tool of PyTorch records the operations: it would not see the kernels."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and not recorded
 
 
 def _of_images(x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -132,7 +133,7 @@ def _is_weight(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 def _is_on_cpu(x: torch.Tensor, dtype: torch.dtype) -> bool:
     plain = type(x) in (torch.Tensor, nn.Parameter)  # others may hold no memory of that shape
-    return plain and x.dtype == dtype and x.device.type == "cpu" and x.layout == torch.strided
+    return plain and x.dtype == dtype and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
 
 
 # --- the library -----------------------------------------------------------------------------------------
@@ -163,8 +164,10 @@ def _library(compiler: list[str], digest: str, dtype: torch.dtype) -> ctypes.CDL
     stem = f"{str(dtype).removeprefix('torch.')}-{digest}"
     CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
     folder = CACHE.resolve()
+    if os.name == "posix" and folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o755)  # a generous umask lets a group write to it
     if not _is_ours(folder):
-        raise KernelError(f"others can write to {folder}, and its files are executed: remove it, or `chmod go-w` it")
+        raise KernelError(f"others can write to {folder}, and its files are executed: remove it")
     for path in sorted(folder.glob(f"{stem}-*.so")):
         with contextlib.suppress(OSError, UserError):
             content = files.read_bytes(path, MOST)
@@ -214,7 +217,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()  # no copy where memory is already in this order
+    return x.resolve_neg().permute(0, 2, 3, 1).contiguous()  # no copy where memory is already in this order
 
 
 class _ReluPool(torch.autograd.Function):
