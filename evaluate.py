@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import data
     from analysis import evaluation
     from runtime import device, files
-    from training.record import history_path
 
-    if args.json and args.json.resolve() in [history_path(path).resolve() for path in args.checkpoints]:
-        raise UserError(f"--json {args.json} would replace the history of a run; choose another name")
     if args.ensemble and len(args.checkpoints) < 2:
         raise UserError("--ensemble needs two checkpoints or more")
     target = device.pick_device(args.device)

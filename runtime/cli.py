@@ -30,6 +30,7 @@ OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the fir
 STEERING = re.compile(
     r"(?s)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]|(?<=.)\r(?=.)"
 )
+HISTORY = re.compile(r"best_.+_fmnist")  # how train.py names it
 UP = "\x1b[A"  # by which tqdm moves between several bars
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal or the connection is lost; Windows has no such signal
 
@@ -125,7 +126,7 @@ def positive_number(text: str) -> float:
 
 
 def file_to_write(suffix: str) -> Callable[[str], Path]:
-    """Make an argparse type: a path with this suffix, so that a typing slip replaces no checkpoint.
+    """Make an argparse type: a path with this suffix, so that a slip replaces no checkpoint and no history of a run.
 
     A place where no file can be written is refused too, before any work.
     """
@@ -134,6 +135,8 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
         path = Path(text)
         if path.suffix != suffix or not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{text!r} is not a {suffix} file in a folder that exists")
+        if suffix == ".json" and (path.with_suffix(".pt").exists() or (path.exists() and HISTORY.match(path.name))):
+            raise argparse.ArgumentTypeError(f"{text} would replace the history of a run; choose another name")
         try:
             files.check_file(path)
         except UserError as error:
