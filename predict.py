@@ -5,6 +5,7 @@ python predict.py photos/ --json > answers.jsonl    # or --csv
 curl -s URL | python predict.py - --show figures/seen.png   # draws what the network saw
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 BATCH = 256
 SHOWN = 100  # pictures that --show has room for
+TITLE = "what the network saw"  # in the metadata of a figure that --show drew
 
 
 def parse_args(argv: list[str] | None = None) -> "argparse.Namespace":
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     from pictures.read import find
 
     names = find(args.pictures)
+    if args.show:
+        refuse_overwriting(args.show, names)
     worker.start()  # while PyTorch is loaded
     from tqdm import tqdm
 
@@ -105,12 +109,25 @@ def read_in_batches(names: Sequence[str], bar: "tqdm") -> Iterator[list[tuple[st
         yield found
 
 
+def refuse_overwriting(path: Path, names: Sequence[str]) -> None:
+    """Raise UserError if there is a file that --show did not draw: a shell may have expanded `--show *.png`."""
+    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in names):
+        raise UserError(f"--show {cli.shown(path)} is one of the pictures: name another file")
+    if os.path.lexists(path) and not (path.is_file() and _is_drawn(path)):
+        raise UserError(f"{cli.shown(path)} exists; --show replaces only a figure that it drew: name a new file")
+
+
+def _is_drawn(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return f"tEXtTitle\0{TITLE}".encode() in file.read(200)
+
+
 def show(path: Path, rows: Sequence["Classified"]) -> None:
     """Draw what the network saw of the pictures."""
     from analysis import plots
     from runtime import files
 
-    files.write_atomically(path, plots.png(plots.seen(rows)))
+    files.write_atomically(path, plots.png(plots.seen(rows), TITLE))
     print(f"predict.py: what the network saw is in {cli.shown(path)}", file=sys.stderr)
 
 

@@ -7,6 +7,7 @@ print(answers[0].answer, answers[0].ranking[:3])
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ import data
 import engine
 import metrics
 from runtime import cli
-from runtime.errors import one_line
+from runtime.errors import one_line, printable
 from training import record
 
 SURE = 0.7  # below this probability the answer is "not sure"
 NOT_SURE = "not sure"
 WIDEST = 60  # characters of the table's first column
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet computes
+FORMULA = re.compile(r"(^|;)\s*(?=[=+@＝＋－＠-])")  # a spreadsheet computes what follows; it may split at ";"
 
 
 class Candidate(NamedTuple):
@@ -128,11 +129,16 @@ class Csv(Table):
 
 
 def _as_csv(*values: object) -> str:
-    """Write a line; a name that a spreadsheet would compute as a formula gets an apostrophe, which makes it a text."""
-    cells = [f"'{value}" if str(value).startswith(FORMULA) else value for value in values]
+    """Write a line, with texts in quotes."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
+    writer = csv.writer(text, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(_cell(value) if isinstance(value, str) else value for value in values)
     return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Escape what is not printable, and put an apostrophe before a formula, which makes it a text in a spreadsheet."""
+    return FORMULA.sub(r"\g<0>'", printable(text))
 
 
 FORMS = {"table": Table, "json": Json, "csv": Csv}

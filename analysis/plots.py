@@ -50,8 +50,8 @@ REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name
 SIDES = [(1.0, 0.0), (-1.0, 0.0), *((x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1))]
 
 
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG. Figures drawn from the same numbers are the same bytes."""
+def png(figure: Figure, title: str | None = None) -> bytes:
+    """Return the figure as a PNG, with a title in its metadata. The same numbers are drawn as the same bytes."""
     buffer = io.BytesIO()
     for text in figure.findobj(Text):
         printable = text.get_text().encode(errors="backslashreplace").decode()  # the name of a file need not be Unicode
@@ -59,7 +59,7 @@ def png(figure: Figure) -> bytes:
             text.set_text(printable)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None, "Title": title})
     return buffer.getvalue()
 
 

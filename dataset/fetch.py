@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -118,10 +119,19 @@ def _download(mirror: str, folder: Path) -> Path:
     return folder
 
 
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follow a redirect only to HTTPS: on the way to any other address, others could read or alter what is sent."""
+
+    def redirect_request(self, *request: Any) -> urllib.request.Request | None:
+        if not (address := request[-1]).startswith("https://"):
+            raise DataError(f"it redirects to {address}, which is not HTTPS")
+        return super().redirect_request(*request)
+
+
 def _download_file(url: str, path: Path, end: float) -> None:
     """Download a file of at most DOWNLOAD_MOST bytes before a time of time.monotonic()."""
     with (
-        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+        urllib.request.build_opener(_HttpsOnly).open(url, timeout=DOWNLOAD_TIMEOUT) as response,
         open(path, "wb") as file,
         tqdm(total=response.length, unit="B", unit_scale=True, desc=path.name) as bar,
     ):

@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 
-from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL import WebPImagePlugin as WebPImagePlugin
 
 from runtime.errors import UserError
@@ -26,7 +26,7 @@ DNG_VERSION = 50706  # a TIFF tag that raw files alone have
 WORKING = 1_000  # pixels of the longest edge that are enough to find the object
 MOST_PIXELS = 12_000 * 12_000  # a picture that announces more is refused undecoded
 DEARER = {"I;16": 3, "I;16B": 3, "I;16L": 3, "I;16N": 3, "I": 8, "F": 8}  # modes with so many times fewer pixels
-DEARER |= {"AVIF": 2, "HEIF": 2}  # and formats
+DEARER |= {"AVIF": 2, "HEIF": 2, "WEBP": 3}  # and formats
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")  # Pillow's modes with an alpha channel
 ROWS = 64  # of a reduced picture that are made at a time
 
@@ -46,7 +46,25 @@ def decode(content: bytes) -> Image.Image:
         _check(image)
         image.draft("RGB", (WORKING, WORKING))  # decodes a large JPEG to fewer pixels, which is faster
         image.load()
-        return _opaque(ImageOps.exif_transpose(_smaller(_eight_bits(image))))
+        return _upright(_opaque(_smaller(_eight_bits(image))), _orientation(image))
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return the EXIF orientation of a decoded image; None where the EXIF data are damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # the pixels are fine
+        return None
+
+
+def _upright(image: Image.Image, orientation: object) -> Image.Image:
+    """Turn an image upright in place, without its other EXIF data: a malformed tag is no reason to refuse it."""
+    image.info.clear()
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -97,10 +115,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _smaller(image: Image.Image) -> Image.Image:
-    """Shrink a picture to a size that is enough to work with, and keep its EXIF orientation.
-
-    It is converted in strips, so that it is never in memory twice.
-    """
+    """Shrink a picture to a size that is enough to work with, in strips: it is never in memory twice."""
     factor = max(image.size) // WORKING
     if factor < 2:
         return image
@@ -109,7 +124,6 @@ def _smaller(image: Image.Image) -> Image.Image:
     for top in range(0, reduced.height, ROWS):
         strip = image.crop((0, top * factor, image.width, min((top + ROWS) * factor, image.height)))
         reduced.paste(strip.convert(mode).reduce(factor), (0, top))
-    reduced.info["exif"] = image.getexif().tobytes()
     return reduced
 
 

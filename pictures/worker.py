@@ -25,7 +25,7 @@ from runtime import cli
 from runtime.errors import UserError, one_line
 
 SECONDS = 4  # of the processor for decoding a picture; with all else it takes less than 5
-PATIENCE = 10 if hasattr(signal, "setitimer") else SECONDS  # by the clock; the machine may be busy
+PATIENCE = 10 if hasattr(signal, "setitimer") else SECONDS  # by the clock, twice; the machine may be busy
 MOST_MEMORY = 2**30  # bytes
 MOST_WORDS = 1_000  # bytes of an answer that is no picture
 READY = b"R"
@@ -47,14 +47,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what decoders say of a damaged file
-            pipesize=2**20,  # where the system can: a picture takes fewer turns
         )
 
     def ask(self, content: bytes) -> Image.Image | str:
         """Send a picture's bytes; return the picture, or what is wrong with it.
 
-        Raises UserError if the process ended or took too long; it is of no use then.
+        Raises UserError if the process ended, and TimeoutError if it took too long by the clock; it is of no use then.
         """
+        self._wait_until_ready()
         timer = threading.Timer(PATIENCE, self._stop)
         timer.daemon = True
         timer.start()
@@ -62,19 +62,24 @@ class Worker:
             return self._answer(content)
         except (EOFError, OSError):  # OSError: a broken pipe
             self.end()
-            if self._late or self._process.returncode == -getattr(signal, "SIGPROF", 0):
+            if self._late:
+                raise TimeoutError from None
+            if self._process.returncode == -getattr(signal, "SIGPROF", 0):
                 raise UserError(f"takes more than {SECONDS} s to decode: save it anew as JPEG") from None
             raise UserError("damaged, or takes more than 1 GB of memory to decode: its decoder ended") from None
         finally:
             timer.cancel()
             timer.join()
 
-    def _answer(self, content: bytes) -> Image.Image | str:
-        assert self._process.stdin
+    def _wait_until_ready(self) -> None:
+        """Wait for the process to start, however long that takes: it says nothing about the picture."""
         assert self._process.stdout
-        if not self._ready and self._process.stdout.read(len(READY)) != READY and not self._late:
+        if not self._ready and self._process.stdout.read(len(READY)) != READY:
             raise RuntimeError("`python -m pictures.worker` does not start")
         self._ready = True
+
+    def _answer(self, content: bytes) -> Image.Image | str:
+        assert self._process.stdin
         self._process.stdin.write(QUESTION.pack(len(content), SECONDS))
         self._process.stdin.write(content)
         self._process.stdin.flush()
@@ -124,6 +129,14 @@ def decode(content: bytes) -> Image.Image:
 
     Raises UserError if it is damaged or too large; without words if no decoder knows it.
     """
+    for _ in range(2):  # the machine may be busy, or Ctrl-Z may have stopped all processes of the terminal
+        with contextlib.suppress(TimeoutError):
+            return _decode(content)
+    raise UserError(f"takes more than {PATIENCE} s to decode: try again later, or save it anew as JPEG")
+
+
+def _decode(content: bytes) -> Image.Image:
+    """Have a process decode a picture. Raises UserError, and TimeoutError if it takes too long by the clock."""
     try:
         worker = _idle.pop()
     except IndexError:  # another thread may have taken the last one at this moment

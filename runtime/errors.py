@@ -7,4 +7,9 @@ class UserError(Exception):
 
 def one_line(message: object) -> str:
     """Write an error or a text as one line of printable characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
+    return printable(" ".join(str(message).split()))
+
+
+def printable(text: str) -> str:
+    """Write all that is not printable, line breaks too, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

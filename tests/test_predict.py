@@ -11,10 +11,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
+from matplotlib.figure import Figure
 from PIL import Image
 
 import checkpoint
 import engine
+import predict as predict_script
+from analysis import plots
 from analysis.classify import SURE, Classified, Csv
 from data import CLASSES
 from runtime import cli
@@ -65,9 +68,22 @@ def test_table_and_csv_say_the_same(folder):
     assert f"{row['class 1']} {float(row['probability 1']):.1%}, {row['class 2']}" in line
 
 
-def test_a_name_in_csv_is_no_formula():
-    row = Classified("=HYPERLINK(1)", np.zeros((28, 28), np.uint8), [("-Bag", 1.0)])
-    assert Csv(1, [row.name], ["-Bag"]).line(row) == "'=HYPERLINK(1),'-Bag,'-Bag,1.0"
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        (" \uff1d1", " '\uff1d1"),
+        ("\u3000=1", "\\u3000=1"),
+        ("x\n=1\r\t\udcff.png", r"x\n=1\r\t\udcff.png"),
+        ("y;=1+1.png", "y;'=1+1.png"),
+        ('a,"b" - c.png', 'a,"b" - c.png'),
+    ],
+)
+def test_a_name_in_csv_is_one_cell_and_no_formula(name, cell):
+    row = Classified(name, np.zeros((28, 28), np.uint8), [("-Bag", 1.0)])
+    line = Csv(1, [name], ["-Bag"]).line(row)
+    assert list(csv.reader([line])) == [[cell, "'-Bag", "'-Bag", "1.0"]]
+    assert next(csv.reader([line], delimiter=";"))[0].startswith(cell)
 
 
 def test_what_is_no_picture_is_named(folder):
@@ -111,6 +127,21 @@ def test_what_the_network_saw_is_drawn(folder, tmp_path):
     finished = predict(*sorted(folder.glob("0*.png")), "--show", tmp_path / "seen.png")
     assert finished.returncode == 0, finished.stderr
     assert np.asarray(Image.open(tmp_path / "seen.png")).std() > 10
+    first = (tmp_path / "seen.png").read_bytes()
+    assert predict(folder / "00.png", "--show", tmp_path / "seen.png").returncode == 0
+    assert (tmp_path / "seen.png").read_bytes() != first
+
+
+def test_a_picture_is_not_overwritten_by_what_the_network_saw(folder):
+    """As by `--show 0*.png`, which the shell expands to --show and the first picture, and to the other pictures."""
+    own, figure, link = folder / "00.png", folder / "figure.png", folder / "link.png"
+    figure.write_bytes(plots.png(Figure(), predict_script.TITLE))  # as an earlier --show drew it
+    link.symlink_to("nowhere")
+    content = own.read_bytes()
+    assert_one_line_error(predict("--show", own, folder / "01.png"), "00.png exists; --show replaces only a figure")
+    assert_one_line_error(predict("--show", figure, folder), "figure.png is one of the pictures")
+    assert_one_line_error(predict("--show", link, folder), "link.png exists")
+    assert own.read_bytes() == content
 
 
 def test_probabilities_are_calibrated_or_a_line_says_that_they_are_not(folder, trained, tmp_path):
