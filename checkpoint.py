@@ -48,6 +48,7 @@ FIELDS: dict[str, Any] = {  # what serialise writes beside the format, and of wh
 NEWER: dict[str, Any] = {"code": str | None, "data_sha256": str | None}  # older checkpoints and histories lack these
 SUSPICIOUS = 0.1  # below the published accuracy of a model: such a checkpoint may be used in a wrong way
 MOST_VALUES = 10_000  # in the field of a checkpoint
+LONGEST_TEXT = 4096  # characters of each: the same text can be there again and again
 
 
 class Bare(NamedTuple):
@@ -131,6 +132,9 @@ def _interpret(path: Path, file: bytes, bare: Bare) -> tuple[nn.Module, dict[str
     if isinstance(kind, str) and kind.startswith("fmnist-checkpoint-") and kind.isprintable():
         network = _check(path, content)
         return network, digest | {key: content.get(key) for key in [*FIELDS, *NEWER] if key != "weights"}
+    if isinstance(kind, str) and kind.startswith("fmnist-unfinished-"):
+        best = path.name.replace("unfinished_", "best_")
+        raise CheckpointError(f"{path}: an unfinished run, for train.py --resume; its best epoch so far is in {best}")
     network, info = _adopt(path, content, bare)
     return network, digest | info
 
@@ -242,7 +246,7 @@ def _is_plain(value: Any) -> bool:
             parts = [*each, *each.values()] if isinstance(each, dict) else each
             todo += [(part, depth - 1) for part in parts]
         elif isinstance(each, str):
-            if not each.isprintable():
+            if len(each) > LONGEST_TEXT or not each.isprintable():
                 return False
         elif isinstance(each, float):
             if not math.isfinite(each):

@@ -6,6 +6,7 @@ python compare.py --json numbers.json       # with all numbers, of the runs and 
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,18 @@ def _recipe(row: dict[str, Any]) -> str:
     changes = "".join(f", {key} {value}" for key, value in row["changed"].items())
     epochs = f"{row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
     differs = f", {row['differs']}" if "differs" in row else ""
-    return f"{row['recipe']}, {epochs}{changes}{data}{differs}"
+    return _plain(f"{row['recipe']}, {epochs}{changes}{data}{differs}")
+
+
+def _plain(text: str) -> str:
+    """Keep a text with names that others chose from being read as HTML, code or links of Markdown."""
+    return re.sub(r"[`<\\]|(?<=\])\(", r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """Lay out code in Markdown, even with backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return f"`{text}`" if not longest else f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}"
 
 
 def _accuracy(row: dict[str, Any]) -> str:
@@ -144,7 +156,7 @@ def _duration(row: dict[str, Any], *details: str) -> str:
 
 
 def _command(row: dict[str, Any], script: str) -> str:
-    return "none: recipes.py has changed" if row["changed"] else f"`{script}{row['command']}`"
+    return "none: recipes.py has changed" if row["changed"] else _code(f"{script}{row['command']}")
 
 
 if __name__ == "__main__":

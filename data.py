@@ -11,15 +11,16 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from dataset.sources import CLASSES, PUBLISHED, DataError, find, write
-from recipes import Recipe
+from recipes import SHARE, Recipe
 from runtime.errors import UserError
+from runtime.schema import Number, problem
 
 __all__ = [
     "AUGMENTATIONS",
@@ -173,6 +174,8 @@ class Draws:
 
 
 AUGMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {}  # by name, in the order in which they are applied
+Share = Annotated[float, SHARE]  # with a kind of runtime/schema.py, which recipes and files must keep to
+Pixels = Annotated[int, Number(0, 28, whole=True)]
 
 
 def augmentation(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -182,14 +185,14 @@ def augmentation(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 @augmentation
-def flip(images: torch.Tensor, draw: Draws, share: float) -> torch.Tensor:
+def flip(images: torch.Tensor, draw: Draws, share: Share) -> torch.Tensor:
     """Mirror this share of the images left to right."""
     chosen = draw.uniform().view(-1, 1, 1) < share
     return torch.where(chosen, images.flip(2), images)
 
 
 @augmentation
-def shift(images: torch.Tensor, draw: Draws, pixels: int, still: float = 0.0) -> torch.Tensor:
+def shift(images: torch.Tensor, draw: Draws, pixels: Pixels, still: Share = 0.0) -> torch.Tensor:
     """Move each image by up to so many pixels along both axes, except for the share `still`; black comes in."""
     windows = F.pad(images, (pixels,) * 4).unfold(1, images.shape[1], 1).unfold(2, images.shape[2], 1)  # without a copy
     places = draw.integers(2 * pixels + 1, rows=2)
@@ -200,7 +203,7 @@ def shift(images: torch.Tensor, draw: Draws, pixels: int, still: float = 0.0) ->
 
 
 @augmentation
-def erase(images: torch.Tensor, draw: Draws, side: int) -> torch.Tensor:
+def erase(images: torch.Tensor, draw: Draws, side: Pixels) -> torch.Tensor:
     """Blacken a square of so many pixels a side around any pixel, cut off at the border.
 
     Cutout: DeVries and Taylor 2017, arXiv:1708.04552.
@@ -238,10 +241,15 @@ def check_values(augmentations: Mapping[str, Any], place: str = "") -> None:
     for name, value in augmentations.items():
         if name not in AUGMENTATIONS:
             raise UserError(f"{place}augmentation {name!r} is not in data.py, which has {', '.join(AUGMENTATIONS)}")
+        signature = inspect.signature(AUGMENTATIONS[name])
         try:
-            inspect.signature(AUGMENTATIONS[name]).bind(None, None, *_listed(value))
+            values = signature.bind(None, None, *_listed(value)).arguments
         except TypeError as error:
-            raise UserError(f"{place}augmentation {name!r} with {value!r}: {error}") from None
+            raise UserError(f"{place}augmentation {name!r} with {value!r:.100}: {error}") from None
+        for key, each in values.items():
+            for kind in getattr(signature.parameters[key].annotation, "__metadata__", ()):
+                if wrong := problem(each, kind, key):
+                    raise UserError(f"{place}augmentation {name!r} with {value!r:.100}: {wrong}")
 
 
 def check_augmentations(table: Mapping[str, Mapping[str, Recipe]]) -> None:

@@ -118,7 +118,7 @@ RANGES: dict[str, Any] = {  # of a recipe's values; a field without one here is 
     "epochs": Number(1, 10_000, whole=True),
     "batch_size": Number(1, 10**6, whole=True),
     "optimizer": Text(),
-    **dict.fromkeys(("lr", "muon_lr", "weight_decay"), Number(0)),
+    **dict.fromkeys(("lr", "muon_lr", "weight_decay"), Number(0, 1e38)),  # as float32 holds
     **dict.fromkeys(("warmup", "dropout"), (SHARE, None)),
     "loss": Text(),
     "label_smoothing": SHARE,

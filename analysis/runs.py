@@ -101,7 +101,7 @@ def _read(path: Path) -> Run | None:
         data=published.named(history["data"], history.get("data_sha256")),
         facts=_facts(history),
         accuracy=float(history["test"]["accuracy"]),
-        seconds=sum(float(epoch["seconds"]) for epoch in history["epochs"]),
+        seconds=max(0.001, sum(float(epoch["seconds"]) for epoch in history["epochs"])),  # for a logarithmic axis
         # a resumed run may have had more cores, or fewer
         cores=max(part.get("threads", 0) for part in (history, *history["resumed"])),
     )

@@ -20,6 +20,7 @@ Place = tuple[str, ...]  # the keys on the way to a dict within dicts, () for th
 
 DEPTH = 3  # dicts within dicts that are searched
 MOST = 100  # dicts of tensors in a file
+MOST_TENSORS = 20_000  # in them: each name is looked at many times
 COUNTER = "num_batches_tracked"  # of batch norm: evaluation does not use it
 NO_LAYER = re.compile(r"(.*[._])?(criterion|loss|metrics?|acc|accuracy)(_?fn)?([._].*)?", re.IGNORECASE)
 KINDS = {"weight", "bias", "running_mean", "running_var"}  # last parts of names, which tell what a tensor is for
@@ -162,6 +163,8 @@ def find_states(path: Path, content: Any) -> dict[Place, State]:
         )
     if len(found) > MOST:
         raise CheckpointError(f"{path}: holds {len(found)} dicts of tensors: torch.save the one of the model alone")
+    if sum(map(len, found.values())) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: holds more than {MOST_TENSORS:,} tensors: torch.save those of the model alone")
     return found
 
 

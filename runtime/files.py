@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,38 @@ READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # through no link that someone else put there
 
 
-def read_bytes(path: str | Path, most: int) -> bytes:
+def read_bytes(path: str | Path, most: int, check: Callable[[bytes], None] | None = None) -> bytes:
     """Read a file of at most so many bytes. A pipe or a device could last for ever, or fill the memory.
 
+    check is called with the first 16 MiB before the rest is read, and may refuse them.
     Raises UserError where it is no regular file, or larger; OSError where it cannot be opened.
     """
-    descriptor = os.open(path, READ)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device: name a file")
-    with open(descriptor, "rb") as file:
+    with _open(path, most) as file:
         content = io.BytesIO()
         while content.tell() <= most and (part := file.read(2**24)):  # read(most) would reserve as much memory at once
+            if check and not content.tell():
+                check(part)
             content.write(part)
-    if content.tell() > most:
-        raise UserError(f"{path}: larger than {most:,} bytes, the most that is read")
+    if content.tell() > most:  # it has grown, or its size is not known, as below /proc
+        raise _too_large(path, most)
     return content.getvalue()
+
+
+def _open(path: str | Path, most: int) -> io.BufferedReader:
+    """Open a regular file of at most so many bytes."""
+    descriptor = os.open(path, READ)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device: name a file")
+    if found.st_size > most:
+        os.close(descriptor)
+        raise _too_large(path, most)
+    return open(descriptor, "rb")
+
+
+def _too_large(path: str | Path, most: int) -> UserError:
+    return UserError(f"{path}: larger than {most:,} bytes, the most that is read")
 
 
 def read_json(path: str | Path, most: int) -> Any:
@@ -60,9 +77,14 @@ def read_json(path: str | Path, most: int) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """Return the value of JSON in UTF-8: with finite numbers, and no key twice. Raises ValueError, in one line."""
+    """Return the value of JSON in UTF-8, which may have a byte order mark: with finite numbers, and no key twice.
+
+    Raises ValueError, in one line.
+    """
     try:
-        return json.loads(content.decode(), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
+        return json.loads(
+            content.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique
+        )
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     except ValueError as error:
@@ -128,9 +150,10 @@ def check_folder(folder: str | Path) -> None:
         raise UserError(f"{place} cannot be written to: {error.strerror}") from None
 
 
-def file_sha256(path: str | Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def file_sha256(path: str | Path, most: int = 2**32) -> str:
+    """Compute the SHA-256 of a file of at most so many bytes, in hexadecimal. Raises what read_bytes does."""
+    with _open(path, most) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ from runtime.files import MISTAKEN, read_bytes
 MAX_BYTES = 2**32  # of a file
 MAX_PARTS = 20_000  # of a file: each tensor is one
 MAX_PICKLE = 2**23  # bytes of the part that is no tensor: weights' names, and logs that others keep beside them
-MAX_OPERATIONS = 500_000  # of that part: each may take a few hundred bytes of memory
+MAX_OPERATIONS = 500_000  # of that part: each may take a few hundred bytes of memory, and a millionth of a second
+MAX_NAME = 500  # characters of the name of a tensor, a storage or a part
 MAX_DEPTH = 100  # of values within values
 MAX_REPEATED = 2**24  # numbers in a tensor that shows a smaller storage again and again, as expand() makes them
 MAX_DIMENSIONS = 64  # of a tensor
@@ -44,7 +46,9 @@ HARMFUL = re.compile(  # what no honest file names
     r"|(builtins|__builtin__) (eval|exec|compile|getattr|open|__import__)"
 )
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys others keep a state_dict under
-OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before version 1.6
+OLD_FORMAT = re.compile(  # how torch.save began before version 1.6: a number, pickled by any protocol
+    rb"\x80[\x02-\x05](\x95\x0d\0{7})?\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\."
+)
 OLD_VERSION = 1001
 DTYPES = {  # of PyTorch's names of storages
     "Float": torch.float32,
@@ -82,21 +86,21 @@ SIGNATURES = (  # the first bytes of files that people mistake for weights
     ),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!|(?s:.{257}ustar)", PACKED),
 )
-ARCHIVES = (  # likewise parts of zip archives
+ARCHIVES = (  # likewise what the names of parts of zip archives hold, which is searched for without going back
     (
-        r"(.*/)?(constants\.pkl|code/.*)",
+        r"(^|/)(constants\.pkl$|code/)",
         "TorchScript: torch.save(torch.jit.load({file}).state_dict(), 'weights.pt') saves its weights",
     ),
     (
-        r"(.*/)?(archive_format|models/model\.json|serialized_exported_program\.json)",
+        r"(^|/)(archive_format|models/model\.json|serialized_exported_program\.json)$",
         "a program of torch.export: torch.save(torch.export.load({file}).state_dict, 'weights.pt') saves its weights",
     ),
     (
-        r".*\.npy",
+        r"\.npy$",
         "arrays of NumPy: torch.save({{k: torch.from_numpy(v) for k, v in numpy.load({file}).items()}}, 'weights.pt') "
         "makes it readable",
     ),
-    (r"(.*/)?model\.weights\.h5", KERAS),
+    (r"(^|/)model\.weights\.h5$", KERAS),
 )
 
 
@@ -106,6 +110,10 @@ class CheckpointError(UserError):
 
 class AmbiguousError(CheckpointError):
     """Weights that fit several models."""
+
+
+class _Unreadable(Exception):
+    """What is whole, but not read; the text says what it is."""
 
 
 def read(path: str | Path) -> Any:
@@ -128,9 +136,17 @@ def contents(path: str | Path) -> bytes:
     if path.is_dir():
         raise CheckpointError(f"{path}: not a file: name one in this folder")
     try:
-        return read_bytes(path, MAX_BYTES)
+        return read_bytes(path, MAX_BYTES, partial(_check_beginning, path))
+    except MemoryError:
+        raise CheckpointError(f"{path}: too large for the free memory") from None
     except UserError as error:
-        raise CheckpointError(str(error)) from None
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from None
+
+
+def _check_beginning(path: Path, content: bytes) -> None:
+    """Refuse what is no file of torch.save by its first bytes, before gigabytes are read."""
+    if not content.startswith(b"PK") and not OLD_FORMAT.match(content):
+        parse(path, content)
 
 
 def parse(path: Path, content: bytes) -> Any:
@@ -142,8 +158,8 @@ def parse(path: Path, content: bytes) -> Any:
     try:
         if content.startswith(b"PK"):  # a zip archive, which torch.save writes
             found = _read_archive(path, content)
-        elif content.startswith(OLD_FORMAT):
-            found = _read_old(path, content)
+        elif start := OLD_FORMAT.match(content):
+            found = _read_old(path, content, start.end())
         else:
             _recognise(path, content)
             _Reader(path, content).run(content[:MAX_PICKLE])  # which says it where it is a pickle of objects
@@ -152,6 +168,8 @@ def parse(path: Path, content: bytes) -> Any:
         return found
     except CheckpointError:
         raise
+    except _Unreadable as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except Exception:  # a hostile file can have anything anywhere
         raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
 
@@ -202,10 +220,12 @@ def _parts(path: Path, content: bytes) -> dict[str, bytes]:
         raise CheckpointError(f"{path}: {TOO_MUCH}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
+        if any(len(each.filename) > MAX_NAME or not each.filename.isprintable() for each in members):
+            raise CheckpointError(f"{path}: a zip archive with names that are too long or cannot be printed: refused")
         if _is_stored(members) and sum(member.file_size for member in members) > len(content):
             raise CheckpointError(f"{path}: damaged: its parts are longer than the file")  # they overlap
         for pattern, advice in ARCHIVES:
-            if any(re.fullmatch(pattern, member.filename) for member in members):
+            if any(re.search(pattern, member.filename) for member in members):
                 raise CheckpointError(f"{path}: {advice.format(file=repr(str(path)))}")
         if not _is_stored(members) or not any(member.filename.endswith("/data.pkl") for member in members):
             raise CheckpointError(
@@ -230,16 +250,22 @@ def _is_stored(members: Sequence[zipfile.ZipInfo]) -> bool:
     return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
-def _read_old(path: Path, content: bytes) -> Any:
-    """Read what torch.save wrote before version 1.6, which has no checksums: all that it lists must be there."""
-    reader, place = _Reader(path, content, lambda _, size: torch.UntypedStorage(size)), len(OLD_FORMAT)
+def _read_old(path: Path, content: bytes, place: int) -> Any:
+    """Read what torch.save wrote before version 1.6, which has no checksums: all that it lists must be there.
+
+    place: where its second pickle begins.
+    """
+    reader = _Reader(path, content, lambda _, size: torch.UntypedStorage(size))
     found = []
     for _ in ("version", "machine", "content", "keys"):
         found.append(reader.run(content[place : place + MAX_PICKLE]))
         place += reader.length
     version, _, value, keys = found
-    if version != OLD_VERSION or sorted(keys) != sorted(reader.storages):
+    # Two lists are never compared: that can take for ever.
+    if version != OLD_VERSION or not all(type(key) is str and key in reader.storages for key in keys):
         raise ValueError("its storages are not those it lists")
+    if not len(keys) == len(set(keys)) == len(reader.storages):
+        raise ValueError("it lists a storage twice, or too few")
     for storage, dtype in map(reader.storages.__getitem__, keys):
         if struct.unpack_from("<q", content, place) != (storage.nbytes() // dtype.itemsize,):
             raise ValueError("a storage of another length")
@@ -266,7 +292,9 @@ def _tensor(
 
     Raises ValueError where one does not. rest: hooks, which nobody saves; and flags of complex tensors.
     """
-    if type(storage) is not _Storage or len(size) != len(stride) or len(size) > MAX_DIMENSIONS or len(rest) > 1:
+    if len(rest) > 1:
+        raise _Unreadable("holds a conjugate or negative view of a tensor: torch.save its resolve_conj().resolve_neg()")
+    if type(storage) is not _Storage or len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise ValueError("not a plain tensor")
     if any(type(each) is not int or not 0 <= each <= MAX_BYTES for each in (offset, *size, *stride)):
         raise ValueError("not the sizes of a tensor")
@@ -275,7 +303,10 @@ def _tensor(
     if last >= there if all(size) else offset > there:
         raise ValueError("a tensor outside of its storage")
     if math.prod(n for n in size if n) > max(there, MAX_REPEATED):
-        raise ValueError("a tensor far larger than its storage")
+        raise _Unreadable(
+            f"holds a tensor that repeats its numbers more than {MAX_REPEATED:,} times, as expand() makes it: "
+            "torch.save its clone()"
+        )
     whole = torch.empty(0, dtype=storage.dtype)
     return whole.set_(storage.content, offset, size, stride).requires_grad_(requires_grad)
 
@@ -306,6 +337,7 @@ class _Reader:
         self.path, self.make = path, make
         self.storages: dict[str, _Storage] = {}
         self.left = len(content)  # bytes that its storages may still take
+        self.steps = MAX_OPERATIONS  # that its pickles may still take
         self.length = 0  # of the pickle that was read last
 
     def run(self, pickled: bytes) -> Any:
@@ -317,13 +349,17 @@ class _Reader:
         self.marks: list[int] = []
         self.memo: dict[Any, Any] = {}
         stream = io.BytesIO(pickled)
-        for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > MAX_OPERATIONS:
-                raise CheckpointError(f"{self.path}: {TOO_MUCH}")
+        for operation, argument, _ in pickletools.genops(stream):
+            self._spend(1)
             self._do(operation.name, argument)
         self.length = stream.tell()
         (value,) = self.stack
         return value
+
+    def _spend(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise CheckpointError(f"{self.path}: {TOO_MUCH}")
 
     def check(self) -> None:
         """Raise ValueError where a byte of a truth value is neither 0 nor 1: what PyTorch does then is not defined."""
@@ -340,7 +376,9 @@ class _Reader:
                 push(self.memo[argument])
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT" | "BININT" | "BININT1" | "BININT2":
                 push(argument)
-            case "LONG1" if abs(argument) < 2**64:
+            case "LONG1":
+                if abs(argument) >= 2**64:
+                    raise _Unreadable("holds a whole number of more than 64 bits: torch.save the state_dict alone")
                 push(argument)
             case "SHORT_BINSTRING":  # of Python 2
                 push(argument.encode("latin-1").decode())
@@ -389,7 +427,8 @@ class _Reader:
     def _set(self, pairs: list[Any]) -> None:
         if type(self.stack[-1]) not in (dict, OrderedDict):
             raise ValueError("keys outside of a dict")
-        if any(type(key) not in KEYS for key in pairs[::2]):
+        # Without a limit, two equal keys of megabytes could be compared again and again.
+        if any(type(key) not in KEYS or (type(key) is str and len(key) > MAX_NAME) for key in pairs[::2]):
             raise CheckpointError(f"{self.path}: its dicts have keys that are no names: refused, nothing was run")
         self.stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
 
@@ -407,7 +446,9 @@ class _Reader:
         """Keep the versions of its layers' layouts, the one attribute that PyTorch gives a state_dict."""
         if type(self.stack[-1]) is not OrderedDict:
             raise ValueError("attributes of a value that has none")
-        versions = {key: each.get("version") for key, each in attributes.get("_metadata", {}).items()}
+        metadata = attributes.get("_metadata", {})
+        self._spend(len(metadata))  # the same attributes can be given again and again
+        versions = {key: each.get("version") for key, each in metadata.items()}
         kept = OrderedDict((key, {"version": each}) for key, each in versions.items() if type(each) is int)
         vars(self.stack[-1])["_metadata"] = kept
 
@@ -416,6 +457,8 @@ class _Reader:
         kind, dtype, key, _, count, *rest = described
         if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or type(count) is not int:
             raise ValueError("not a storage")
+        if len(key) > MAX_NAME:  # as for the keys of a dict
+            raise ValueError("no name of a storage")
         size = count * dtype.itemsize
         if key not in self.storages:
             self.left -= size

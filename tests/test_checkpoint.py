@@ -113,7 +113,15 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}, {"pickle_protocol": 5}]
+    "options",
+    [
+        {},
+        {"_use_new_zipfile_serialization": False},
+        {"_use_new_zipfile_serialization": False, "pickle_protocol": 3},
+        {"_use_new_zipfile_serialization": False, "pickle_protocol": 5},
+        {"pickle_protocol": 4},
+        {"pickle_protocol": 5},
+    ],
 )
 def test_whatever_torch_save_writes_is_read_to_the_bit(options):
     content = io.BytesIO()
@@ -431,6 +439,8 @@ def write_bad(kind, path, saved_path):
         torch.save({key: value for key, value in ours.items() if key != "seed"}, path)
     elif kind == "ours, newer":
         torch.save(ours | {"format": "fmnist-checkpoint-99"}, path)
+    elif kind == "ours, a run":
+        torch.save(ours | {"format": "fmnist-unfinished-3"}, path)
     elif kind == "ours, unknown model":
         torch.save(ours | {"model": "vit"}, path)
     elif kind == "ours, odd model":
@@ -476,6 +486,7 @@ BAD = {
     "ours, an odd code": "its code is not what a checkpoint holds there",
     "ours, lacking": "lacks seed",
     "ours, newer": "written in fmnist-checkpoint-99",
+    "ours, a run": "an unfinished run, for train.py --resume",
     "ours, unknown model": "holds a 'vit'; the models here are mlp, cnn",
     "ours, odd model": "its model is not what a checkpoint holds there",
     "ours, other classes": "its classes is not what",

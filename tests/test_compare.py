@@ -37,7 +37,7 @@ def copy_run(trained, folder, model, flags=None, *, name=None, accuracy=None, se
     row |= {} if seconds is None else {"seconds": seconds}
     run["best_epoch"] = run["flags"]["epochs"]
     run["epochs"] = [row | {"epoch": number + 1} for number in range(run["best_epoch"])]
-    run["test"] |= {} if accuracy is None else {"accuracy": accuracy}
+    run["test"] |= {} if accuracy is None else {"accuracy": accuracy, "accuracy_ci95": [0, 1]}
     folder.mkdir(parents=True)
     path = folder / f"best_{run['model']}_fmnist.json"
     path.write_text(json.dumps(run))
@@ -178,7 +178,7 @@ def test_histories_of_every_version_are_compared(trained, runs):
     path = runs / "mlp-1" / "best_mlp_fmnist.json"
     run = json.loads(path.read_text())
     del run["classes"], run["processor"], run["resumed"]
-    path.write_text(json.dumps(run | {"flags": oldest, "data": NAME}))
+    path.write_text(json.dumps(run | {"flags": oldest, "data": NAME}), encoding="utf-8-sig")  # as some editors save it
     for number in (0, 2):
         path = runs / f"mlp-{number}" / "best_mlp_fmnist.json"
         run = json.loads(path.read_text())
@@ -218,6 +218,8 @@ def test_without_a_run_it_says_so(runs, tmp_path):
         tmp_path / "runs" / "mlp-0" / "best_mlp_fmnist.json",
     ):
         assert_one_line_error(run_script("compare.py", runs, folder), f"{folder.name} has no finished run")
+    finished = run_script("compare.py", runs, "--json", next(runs.glob("*/best_cnn_fmnist.json")))
+    assert_one_line_error(finished, "would replace the history of a run")
 
 
 # --- histories that lie ----------------------------------------------------------------------------------
@@ -243,6 +245,7 @@ def changed(run, place, value):
         ("status", ["done", 1], 'status is .* not "running" or'),
         ("temperature", [-1, 0, "1", 1e-320, [1], True], "temperature is .* not a number from 0.01 to 100 or null"),
         ("test.accuracy", [7, -0.1, "0.5", None], "test.accuracy is .* not a number from 0 to 1"),
+        ("test.accuracy_ci95", [[0, 0], [1, 0]], "test.accuracy is outside of test.accuracy_ci95"),
         ("test", [None, 3, ...], "test"),
         ("epochs.0.seconds", [-1, "1", 1e300], r"epochs\[0\].seconds is .* not a number from 0 to"),
         ("epochs.1.epoch", [1, 7], "its epochs are not 1, 2, 3"),
@@ -256,7 +259,7 @@ def changed(run, place, value):
         ("resumed", [[{"epoch": 1}], [3], {}], "resumed"),
         ("flags", [None, [], {}], "flags"),
         ("flags.epochs", ["many", 0, 10**6, ...], "flags.*epochs"),
-        ("flags.lr", [-1, "x", [0.1]], "flags.lr is"),
+        ("flags.lr", [-1, "x", [0.1], 10**308], "flags.lr is"),
         ("flags.dropout", [2, "x"], "flags.dropout is"),
         ("flags.batch_size", [0, 0.5], "flags.batch_size is"),
         ("flags.select", [[], "nothing"], "flags.select is"),
@@ -306,13 +309,15 @@ def test_a_file_that_is_no_history_is_one_line(content, said, tmp_path):
 
 
 def test_names_break_neither_the_table_nor_a_shell(trained, tmp_path):
-    teacher = {"checkpoint": "a.pt; ls", "sha256": "1" * 64, "model": "cnn", "select": "last"}
+    teacher = {"checkpoint": "a`.pt; ls", "sha256": "1" * 64, "model": "cnn", "select": "last"}
     flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "teachers": [teacher]}
-    copy_run(trained, tmp_path / "mlp-0", "mlp", flags, data="a|b")
+    copy_run(trained, tmp_path / "mlp-0", "mlp", flags, data="a|b`<script>[c](d)\\", seconds=0)
     rows = compare.collect(tmp_path)
-    assert rows[0]["command"].endswith(" --teacher 'a.pt; ls'")
+    assert rows[0]["command"].endswith(" --teacher 'a`.pt; ls'")
+    assert rows[0]["seconds"] > 0  # as the figure needs
     for table in (compare.markdown(rows), compare.brief(rows)):
-        assert r", on a\|b" in table
+        assert r", on a\|b\`\<script>[c]\(d)\\" in table
+        assert re.search("`` .*a`.pt; ls' `` ", table)
         assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
 
 

@@ -14,6 +14,8 @@ import shutil
 import signal
 import struct
 import sys
+import time
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -38,6 +40,7 @@ import recipes
 import train
 from analysis import classify, composition, corruptions, mistakes, plots, trainings
 from dataset import sources
+from pictures import worker
 from runtime import cli, weights
 from runtime.errors import UserError
 from training import record
@@ -331,6 +334,25 @@ def old_format(pattern, other):
     return changed
 
 
+def twins():
+    """A pickle of two equal texts of 2 MiB, which the memo has as 7 and 8."""
+    text = b"X" + struct.pack("<I", 2**21) + bytes(2**21)
+    return text + b"q\x07" + text + b"q\x08"
+
+
+def builds():
+    """A state_dict that is given the same long attributes again and again."""
+    versions = b"".join(b"J%b}" % struct.pack("<i", number) for number in range(5000))
+    return with_pickle(
+        b"}q\0X\x09\0\0\0_metadata}(" + versions + b"usccollections\nOrderedDict\n)R" + b"h\0b" * 150_000
+    )
+
+
+def doubled_lists():
+    """Two equal lists within lists, each twice at every level: to compare them takes 2^32 steps."""
+    return b"".join(b"](h%bh%beq%b" % (bytes([k]), bytes([k]), bytes([k + 1])) for k in range(10, 42))
+
+
 ONES = struct.pack("<3f", 1, 1, 1)
 NO_NAMES = "its dicts have keys that are no names: refused, nothing was run"
 DAMAGED = "damaged, truncated or not a PyTorch checkpoint"
@@ -346,13 +368,25 @@ LYING = {  # what a file holds, and what is said
         lambda: with_pickle(
             b"}(" + b"".join(b"\x8a\x0a%bN" % ((k << 61) - k).to_bytes(10, "little") for k in range(10**5)) + b"u"
         ),
-        DAMAGED,
+        "holds a whole number of more than 64 bits",
+    ),
+    "equal keys of megabytes": (lambda: with_pickle(twins() + b"}(h\7Nu" + b"h\x08Ns" * 160_000), NO_NAMES),
+    "attributes again and again": (builds, "holds more than weights and some logs"),
+    "names that patterns take for ever to match": (
+        lambda: with_parts(1, lambda parts: [*parts, ("code/" * 13_000 + "\n", b"")]),
+        "a zip archive with names that are too long",
     ),
     "a memo without a value": (lambda: with_pickle(b"j\xff\xff\xff\x7f"), DAMAGED),
     "a mark too few": (lambda: with_pickle(b"K\x01t"), DAMAGED),
     "values below a mark": (lambda: with_pickle(b"}K\x01(K\x02s"), DAMAGED),
     "a storage as a value": (lambda: to_file([torch.zeros(4)._typed_storage()]), DAMAGED),
-    "a number without end": (lambda: to_file(10**100), DAMAGED),
+    "a number without end": (lambda: to_file(10**100), "holds a whole number of more than 64 bits"),
+    "a conjugate view": (lambda: to_file(torch.zeros(1).cfloat().conj()), "holds a conjugate or negative view"),
+    "a tensor repeated": (lambda: to_file(torch.zeros(1).expand(2**25)), "holds a tensor that repeats its numbers"),
+    "more tensors than are looked at": (
+        lambda: to_file(dict.fromkeys(map(str, range(30_000)), torch.zeros(2))),
+        "holds more than 20,000 tensors",
+    ),
     "lists that repeat lists": (lambda: to_file(laughs(9, 9)), "holds more than weights and some logs"),
     "a list in itself": (lambda: to_file(loop()), "holds more than 100 levels"),
     "lists in lists": (lambda: to_file(laughs(200, 1)), "holds more than 100 levels"),
@@ -380,10 +414,23 @@ LYING = {  # what a file holds, and what is said
     "a tensor before": (lambda: storage_of((-1, (1,), (1,))), DAMAGED),
     "a step back": (lambda: storage_of((3, (4,), (-1,))), DAMAGED),
     "a size below 0": (lambda: storage_of((0, (-1,), (1,))), DAMAGED),
-    "a size that overflows": (lambda: storage_of((0, (2**32, 2**32, 0), (0, 0, 0))), DAMAGED),
+    "a size that overflows": (
+        lambda: storage_of((0, (2**32, 2**32, 0), (0, 0, 0))),
+        "holds a tensor that repeats its numbers",
+    ),
     "terabytes": (lambda: to_file(torch.zeros(1).expand(10**12)), DAMAGED),
     "1,000 dimensions": (lambda: to_file(torch.zeros([1] * 1000)), DAMAGED),
     "old format, no keys": (lambda: old_format(rb"\]q\0X.{4}\d+q\x01a\.", b"]q\0."), DAMAGED),
+    "old format, lists as keys": (
+        lambda: old_format(
+            rb"\]q\0X.{4}\d+q\x01a\.", b"](]q\x0a" + doubled_lists() + b"]q\x0a" + doubled_lists() + b"e."
+        ),
+        DAMAGED,
+    ),
+    "old format, texts of megabytes as keys": (
+        lambda: old_format(rb"\]q\0X.{4}\d+q\x01a\.", b"](" + twins() + b"h\7h\x08" * 100_000 + b"e."),
+        DAMAGED,
+    ),
     "old format, no numbers": (lambda: old_format(re.escape(b"\3\0\0\0\0\0\0\0" + ONES), b""), DAMAGED),
     "old format, other numbers": (lambda: old_format(b"\3\0\0\0\0\0\0\0", bytes(8)), DAMAGED),
     "old format, too few numbers": (lambda: old_format(re.escape(ONES), ONES[1:]), DAMAGED),
@@ -399,7 +446,7 @@ def test_a_file_that_lies_about_its_content_is_refused_soon(kind):
     signal.setitimer(signal.ITIMER_PROF, LIMITS[signal.ITIMER_PROF])
     try:
         with pytest.raises(checkpoint.CheckpointError, match=rf"^a\.pt: {said}"):
-            weights.parse(Path("a.pt"), content)
+            checkpoint.from_content(Path("a.pt"), content)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -420,6 +467,31 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     for name in ("pipe.pt", "zero.pt"):
         with pytest.raises(checkpoint.CheckpointError, match=f"{name}: not a regular file"):
             checkpoint.load(tmp_path / name)
+
+
+def test_of_a_large_file_that_is_something_else_only_the_beginning_is_read(tmp_path):
+    (path := tmp_path / "zeros.pt").touch()
+    tracemalloc.start()
+    for size, said in ((2**28, DAMAGED), (2**38, "larger than 4,294,967,296 bytes")):
+        os.truncate(path, size)
+        with pytest.raises(checkpoint.CheckpointError, match=said):
+            checkpoint.load(path)
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(UserError, match=said):
+        record.history_of(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27
+
+
+def test_a_text_that_is_repeated_in_a_checkpoint_is_not_looked_at_again_and_again():
+    fields = {"name": "mlp", "epoch": 1, "flags": {}, "seed": 0, "data": "x"}
+    text = "x" * 2**22
+    content = checkpoint.serialise(models.build("mlp"), metrics=dict.fromkeys(map(str, range(9000)), text), **fields)
+    begun = time.process_time()
+    with pytest.raises(checkpoint.CheckpointError, match="its metrics is not what a checkpoint holds there"):
+        checkpoint.from_content(Path("a.pt"), content)
+    assert time.process_time() - begun < LIMITS[signal.ITIMER_PROF]
 
 
 def checkpoint_cases(folder, count, chance, wrong):
@@ -806,6 +878,7 @@ NONSENSE = {
 def test_every_nonsense_flag_is_a_one_line_error(script, tally, tries, monkeypatch, capsys):
     """It must be noticed before the data are loaded."""
     monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("the nonsense was accepted"))
+    monkeypatch.setattr(worker, "start", lambda: None)  # a process each time
     seen = []
 
     @settings(

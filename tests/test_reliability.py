@@ -240,7 +240,7 @@ def test_killed_at_every_step_of_putting_an_earlier_checkpoint_back(tmp_path, ex
         history = record.history_of(path)
         if not history or history["status"] != "finished" or path.read_bytes() != expected(SHORT)[path.name]:
             wrong.append(number)
-    tally("SIGKILL at every step of putting back", 10, lost, wrong)
+    tally("SIGKILL at every step of putting an earlier checkpoint back", 10, lost, wrong)
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
@@ -440,6 +440,7 @@ LIES = {  # what is done to a state and its history, and what the refusal says
     "own name": (lambda state, _: state.update(kept="best_cnn_fmnist.pt"), "is not the name of an earlier checkpoint"),
     "other folder": (lambda state, _: state.update(kept="../best_cnn_fmnist.01234567.pt"), "is not the name of an"),
     "other file": (lambda state, _: state.update(kept="thesis.pt"), "is not the name of an earlier checkpoint"),
+    "other files as its own": (lambda state, _: state.update(made=["thesis.pt"]), "made names other files"),
     "another run's best": (of_another_run, "its best checkpoint is of another run"),
     "no best": (lambda state, _: state.update(best=None), "do not belong together"),
     "epoch": (lambda state, _: state["training"].update(epoch=3), "it is in epoch 3 with 1 epochs done"),
@@ -464,7 +465,8 @@ def altered(folder, change):
     path.write_bytes(checkpoint.to_bytes(content))
 
 
-def test_a_state_that_lies_is_refused_in_one_line(unfinished):
+def test_a_state_that_lies_is_refused_in_one_line(unfinished, monkeypatch):
+    monkeypatch.setitem(data.AUGMENTATIONS, "own", lambda images, draw, n: images + len(bytearray(n)))
     path = unfinished / "best_cnn_fmnist.pt"
     altered(unfinished, lambda *_: None)
     assert record.load_unfinished(path)
@@ -476,8 +478,14 @@ def test_a_state_that_lies_is_refused_in_one_line(unfinished):
             record.load_unfinished(path)
     assert refused(unfinished, "--resume", because="recipe is not in recipes.py")
     for augment, why in (
-        ({"shift": "x"}, "augment is"),
+        ({"shift": "x"}, 'pixels is "x", not a whole number from 0 to 28'),
+        ({"shift": 1000}, "pixels is 1000, not"),
+        ({"shift": [1, -5]}, "still is -5, not a number from 0 to 1"),
+        ({"flip": 1000}, "share is 1000, not a number from 0 to 1"),
+        ({"erase": 1.5}, "side is 1.5, not"),
         ({"flip": [1, 2, 3]}, "too many"),
+        ({"own": "x"}, "augment is"),
+        ({"own": 2**62}, "augment is"),  # more memory than there is
         ({"spin": 1}, "is not in data.py"),
     ):
         with pytest.raises(UserError, match=f"state.pt.*{why}"):
@@ -531,6 +539,39 @@ def test_links_in_the_folder_of_a_run_lead_to_no_other_file(unfinished, tmp_path
     before = states[names[1]].read_bytes()
     assert run(unfinished, CNN, "--resume") == 0, said(unfinished)
     assert (other.read_text(), states[names[1]].read_bytes()) == ("years of work", before)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link, shutil.copy])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_run_that_stops_in_its_first_epoch_removes_only_copies_that_it_has_made(link, earlier, tmp_path):
+    """None that was there before it, and none that the name in use leads to."""
+    files = {"best_cnn_fmnist.pt": b"weights", "best_cnn_fmnist.json": b"history"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    own = record.Record(tmp_path / "best_cnn_fmnist.pt")
+    if earlier:
+        record.keep_aside(own.path)
+    else:
+        own.begin()
+    for kept in tmp_path.glob("*.????????.*"):
+        place = tmp_path / f"best_cnn_fmnist{kept.suffix}"
+        place.unlink()
+        link(kept, place)
+    if earlier:
+        own.begin()
+    own.end("interrupted")
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    assert len(list(tmp_path.iterdir())) == (2 if link is shutil.copy and not earlier else 4)
+
+
+def test_a_run_that_repeats_one_of_which_there_is_a_copy_leaves_both(tmp_path, expected):
+    folder = tmp_path / "run"
+    expected.put(SHORT, folder)
+    record.keep_aside(folder / "best_mlp_fmnist.pt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run(folder, SHORT) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(before) == 4
 
 
 def test_a_kept_history_is_never_replaced_by_another(tmp_path):

@@ -103,6 +103,7 @@ STATE = {  # what Record.save writes, where the history is its JSON
     "history": HISTORY,
     "best": torch.Tensor | None,
     "kept": (Text(), None),
+    "made": Maybe([Text()]),  # of the names of what is kept, those that this run has made
     "fingerprint": str,
     "training": {
         "weights": dict,
@@ -133,6 +134,7 @@ class Record:
     def __init__(self, path: str | Path, **origin: Any):
         self.path = Path(path)
         self.kept: Path | None = None
+        self._made: list[str] = []  # names of its files that were not there before: only these may go again
         self._best_content: bytes | None = None  # the bytes of the best checkpoint
         self._seconds, self._started = 0.0, time.monotonic()
         beginning = {name: list(value) if value == [] else value for name, (_, value) in RESULTS.items()}
@@ -158,7 +160,10 @@ class Record:
 
     def begin(self) -> None:
         """Keep an earlier run's checkpoint, so that this run can write in its place."""
+        before = set(os.listdir(self.path.parent))
         self.kept = keep_aside(self.path)
+        if self.kept:
+            self._made = [each.name for each in (self.kept, history_path(self.kept)) if each.name not in before]
 
     def add_epoch(self, model: torch.nn.Module, row: dict[str, Any]) -> bool:
         """Add a row of Training.run; save the model if it is the best so far, of equals the earlier one.
@@ -189,6 +194,7 @@ class Record:
             "history": _to_tensor(json.dumps(self.history).encode()),
             "best": self._best_content and _to_tensor(self._best_content),
             "kept": self.kept and self.kept.name,
+            "made": self._made,
             "fingerprint": fingerprint,
             "training": training.state_dict(),
         }
@@ -208,6 +214,7 @@ class Record:
         self.history = before | {"resumed": resumed, **own}
         self._seconds, self._started = before["training_seconds"], time.monotonic()
         self.kept = self.path.with_name(saved["kept"]) if saved["kept"] else None
+        self._made = saved.get("made", [])
         if not self._is_own():
             keep_aside(self.path)
         if saved["best"] is not None:
@@ -220,7 +227,7 @@ class Record:
         """Close the record. Returns whether the run has ended where the earlier checkpoint was.
 
         Where it has repeated an earlier, finished run to the bit, the earlier checkpoint and history are put back: so a
-        repeated run changes no file. A copy of what is still in place is removed.
+        repeated run changes no file. A copy of what is still in place is removed, if this run has made it.
         """
         self.history["status"] = status
         if self.best_epoch:
@@ -229,17 +236,21 @@ class Record:
             unfinished_path(self.path).unlink(missing_ok=True)
         if not self.kept or not self.kept.exists():
             return False
-        if status == "finished" and self._repeats(self.kept):
-            os.replace(self.kept, self.path)
-            os.replace(history_path(self.kept), history_path(self.path))
-            return True
         places = {self.kept: self.path.with_suffix(self.kept.suffix), history_path(self.kept): history_path(self.path)}
         copies = {copy: place for copy, place in places.items() if copy.exists()}
-        if all(place.exists() and filecmp.cmp(copy, place, shallow=False) for copy, place in copies.items()):
-            for copy in copies:
-                copy.unlink()
+        if status == "finished" and self._repeats(self.kept):
+            for copy, place in copies.items():
+                if copy.name in self._made:
+                    os.replace(copy, place)
+                else:
+                    write_atomically(place, read_bytes(copy, LARGEST))
             return True
-        return False
+        if not all(place.exists() and filecmp.cmp(copy, place, shallow=False) for copy, place in copies.items()):
+            return False
+        for copy, place in copies.items():
+            if copy.name in self._made and not os.path.samefile(copy, place):  # else the file would be gone
+                copy.unlink()
+        return True
 
     def _repeats(self, other: Path) -> bool:
         """Say whether another checkpoint is of a finished run with the flags and the very weights of this one."""
@@ -382,6 +393,8 @@ def _state(path: Path, saved: Any) -> dict[str, Any]:
     copy = rf"{re.escape(path.stem)}\.[0-9a-f]{{8,16}}\.(pt|json)"  # of keep_aside: no other file is this run's to move
     if saved["kept"] and not re.fullmatch(copy, saved["kept"]):
         raise ValueError(f"{saved['kept']!r} is not the name of an earlier checkpoint")
+    if not {*saved.get("made", [])} <= {saved["kept"], history_path(saved["kept"] or path).name}:
+        raise ValueError("made names other files than those of the earlier checkpoint")
     if (saved["best"] is None) != (history["best_epoch"] is None):
         raise ValueError("its best checkpoint and its epochs do not belong together")
     if saved["best"] is not None:
@@ -433,13 +446,13 @@ def _digest(content: bytes) -> str:
 def history_of(path: str | Path) -> dict[str, Any] | None:
     """Return the history of the run that wrote this checkpoint, as it stands beside it, or None.
 
-    The history of another run does not count, nor does a file that is no history.
-    Raises UserError where the file says that it is of this checkpoint and is damaged, or cannot be read.
+    The history of another run does not count, nor does a file that is no history: one without the plain SHA-256.
+    Raises UserError where the file says that it is of this checkpoint and is damaged, or where one cannot be read.
     """
     place = history_path(path)
     if not place.exists() or not Path(path).is_file():
         return None
-    content, digest = read_bytes(place, LARGEST_HISTORY), file_sha256(path)
+    content, digest = read_bytes(place, LARGEST_HISTORY), file_sha256(path, LARGEST)
     if digest.encode() not in content:
         return None
     try:
@@ -494,6 +507,10 @@ def _contradiction(history: dict[str, Any]) -> str | None:
         return "some of its epochs have a select_loss and a select_accuracy, others not"
     if history["best_epoch"] != _best(rows):
         return f"best_epoch is {history['best_epoch']}, and by its epochs it is {_best(rows)}"
+    if test := history["test"]:
+        low, high = test["accuracy_ci95"]
+        if not low - 1e-9 <= test["accuracy"] <= high + 1e-9:  # but for rounding
+            return "test.accuracy is outside of test.accuracy_ci95"
     if (history["checkpoint_sha256"] is None) != (not rows) or (finished and not history["test"]):
         return "it lacks a checkpoint_sha256 or its test"
     return None

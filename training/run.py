@@ -183,7 +183,7 @@ def _try_augmentations(values: dict[str, Any], place: str) -> None:
     data.check_values(values, f"{place}: ")
     try:
         data.augment(torch.zeros(1, 28, 28, dtype=torch.uint8), values)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{place}: augment is {json.dumps(values)[:100]}: {one_line(error)}") from None
 
 
