@@ -30,7 +30,6 @@ OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the fir
 STEERING = re.compile(
     r"(?s)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]|(?<=.)\r(?=.)"
 )
-HISTORY = re.compile(r"best_.+_fmnist")  # how train.py names it
 UP = "\x1b[A"  # by which tqdm moves between several bars
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal or the connection is lost; Windows has no such signal
 
@@ -135,7 +134,7 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
         path = Path(text)
         if path.suffix != suffix or not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{text!r} is not a {suffix} file in a folder that exists")
-        if suffix == ".json" and (path.with_suffix(".pt").exists() or (path.exists() and HISTORY.match(path.name))):
+        if _is_history(path):
             raise argparse.ArgumentTypeError(f"{text} would replace the history of a run; choose another name")
         try:
             files.check_file(path)
@@ -144,6 +143,13 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
         return path
 
     return convert
+
+
+def _is_history(path: Path) -> bool:
+    """Say whether a file is the history of a run, whatever its name."""
+    with contextlib.suppress(OSError, UserError):
+        return b'"best_epoch":' in files.read_bytes(path, 2**24)
+    return False
 
 
 def shown(path: str | Path) -> str:
