@@ -62,24 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"this needs gradio: {cli.install()}")
     base = uploads_folder()
     files.check_folder(base)
-    local = check_address(args.host, args.port)
-    password = read_password() if args.password else None
-    if not local and not password:
-        print("warning: whoever reaches this machine can use the page: add --password", file=sys.stderr)
-    candidates, train, test = load(args)
-    print("computing the training images' features, to find those nearest to a picture …", flush=True)
-    from analysis import serve
-
-    with serve.uploads(base) as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(uploads)
-        os.environ["no_proxy"] = "*"  # Gradio asks itself whether it runs
-        from analysis import page  # imports gradio, which takes seconds, so after everything that can be wrong
-
-        built = page.layout(page.Explainer(candidates, train), test, local)
-        with page.served(built, args.host, args.port, serve.names(args.host, local), uploads, password):
-            login = f"; the user's name is {page.USER}" if password else ""
-            print(f"http://{page.bracketed(args.host)}:{args.port}  (Ctrl-C ends it{login})", flush=True)
-            threading.Event().wait()
+    with listen(args.host, args.port) as listening:
+        password = read_password() if args.password else None
+        if not password and not is_local(listening):
+            print("warning: whoever reaches this machine can use the page: add --password", file=sys.stderr)
+        show(args, base, listening, password)
     return 0
 
 
@@ -89,17 +76,18 @@ def uploads_folder() -> Path:
     return Path(given, "fashion-mnist-demo") if given else cli.ROOT / ".cache" / "gradio"
 
 
-def check_address(host: str, port: int) -> bool:
-    """Say whether an address can be reached from this machine only.
-
-    Raises UserError unless this machine can listen there.
-    """
+def listen(host: str, port: int) -> socket.socket:
+    """Listen at an address; a browser that comes too early waits. Raises UserError unless this machine can."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port)[0]
-        with socket.create_server((host, port), family=family):
-            return ipaddress.ip_address(address[0]).is_loopback
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
     except OSError as error:
         raise UserError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host") from None
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Say whether a socket can be reached from this machine only."""
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 def read_password() -> str:
@@ -136,5 +124,29 @@ def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]
     return candidates, train, test
 
 
+def show(args: argparse.Namespace, base: Path, listening: socket.socket, password: str | None) -> None:
+    """Serve the page until a signal ends this process."""
+    candidates, train, test = load(args)
+    print("computing the training images' features, to find those nearest to a picture …", flush=True)
+    from analysis import serve
+
+    local = is_local(listening)
+    with serve.uploads(base) as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(uploads)
+        from analysis import page  # imports gradio, which takes seconds, so after everything that can be wrong
+
+        built = page.layout(page.Explainer(candidates, train), test, local)
+        with serve.running(page.app(built, uploads, serve.names(args.host, local), password), listening):
+            login = f"; the user's name is {page.USER}" if password else ""
+            everywhere = ipaddress.ip_address(listening.getsockname()[0]).is_unspecified
+            host = socket.gethostname() if everywhere else args.host
+            host = f"[{host}]" if ":" in host else host
+            print(f"http://{host}:{args.port}  (Ctrl-C ends it{login})", flush=True)
+            threading.Event().wait()
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    try:
+        cli.run(main)
+    except SystemExit as end:  # with the exit code; threads that still read slow pictures would keep this process
+        os._exit(int(end.code or 0))

@@ -1,37 +1,37 @@
 """The page of demo.py: how it looks (by Gradio), and what it shows of a picture.
 
 page = layout(Explainer(candidates, train), test, local=True)
-with served(page, "127.0.0.1", 7860, serve.names("127.0.0.1", True), uploads, password=None):
+with serve.running(app(page, uploads, serve.names("127.0.0.1", True), password=None), listening):
     input("Enter ends it")
 """
 
-import contextlib
+import functools
 import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import fastapi
 import gradio
 import numpy as np
 from gradio.components.base import server
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import DataWithFiles
 from PIL import Image, ImageOps
-from starlette.middleware import Middleware
 
 from analysis import classify, explain, serve
 from data import CLASSES, Split
 from pictures.convert import convert
 from pictures.read import PictureError, read
-from runtime.errors import UserError
 
 SHOWN = 280  # pixels a side of the pictures on the page
 NEIGHBOURS = 8
 EXAMPLES = (0, 1, 2, 8, 12, 18)  # test images that the page offers
 MOST = 50_000_000  # bytes of an uploaded picture
-AT_ONCE = 4  # pictures that are read at the same time …
-OF_ONE = 2  # … and those of one address, so that others need not wait for its slow ones
+AT_ONCE = 4  # pictures that are read at the same time
+TURNS = 16  # pictures that are read or wait for that …
+OF_ADDRESS, OF_SESSION = 3, 2  # … and those of one, so that others need not wait for its slow ones
 WAITING = 64  # pictures, and drawings, that wait to be read
 USER = "demo"  # the name to log in with
 
@@ -46,7 +46,11 @@ class Explainer:
         self.model = candidates[0].model
         self.references = explain.features(self.model, train.to(next(self.model.parameters()).device))[1]
         self.explaining = threading.Lock()  # the models have one set of hooks
-        self.turns: defaultdict[str, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(OF_ONE))
+        self.reading = threading.Semaphore(AT_ONCE)
+        refusal = "other pictures are being read: try again in some seconds"
+        self.addresses = serve.Shares(TURNS, OF_ADDRESS, 0, refusal)
+        self.sessions = serve.Shares(TURNS, OF_SESSION, 0, refusal)
+        self.drawings = Drawings()
 
     def answer(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
         """Return what the page shows for a path or a file's bytes: the values of explain(), or nothing without either.
@@ -54,27 +58,24 @@ class Explainer:
         Raises gradio.Error for an unreadable picture.
         """
         try:
-            return self._answer(source, request.client.host)
-        except PictureError as error:
+            return self._answer(source, request)
+        except (PictureError, serve.Refused) as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
-    def answer_drawing(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
+    def answer_drawing(self, drawn: EditorData | None, request: gradio.Request) -> list[Any]:
         """Return the same for a drawing; an empty canvas is no picture."""
         try:
-            return self._answer(source, request.client.host)
+            return self._answer(self.drawings.take(drawn, request.session_hash), request)
         except PictureError:
-            return self._answer(None, request.client.host)
+            return self._answer(None, request)
+        except serve.Refused as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
-    def _answer(self, source: str | bytes | None, client: str) -> list[Any]:
+    def _answer(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
         if source is None:
             return [None] * (3 + len(self.candidates))
-        turn = self.turns[client]
-        if not turn.acquire(blocking=False):
-            raise gradio.Error("your other pictures are being read: try again in some seconds", print_exception=False)
-        try:
+        with self.addresses.use(request.client.host), self.sessions.use(str(request.session_hash)), self.reading:
             pixels = convert(read(source))
-        finally:
-            turn.release()
         with self.explaining:
             return self.explain(pixels)
 
@@ -103,21 +104,21 @@ class Drawings:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.waiting: OrderedDict[str, bytes] = OrderedDict()
+        self.waiting: OrderedDict[tuple[Any, Any], bytes] = OrderedDict()
 
     @server
     def accept(self, sent: DataWithFiles) -> None:
-        """Keep a whole drawing under the name that the page chose; it sends the layers too."""
-        if sent.data["type"] == "composite":
-            self.waiting[sent.data["id"]] = sent.files[0][1]
+        """Keep a whole drawing under its session and the name that the page chose; the page sends the layers too."""
+        if sent.data.get("type") == "composite" and sent.files:
+            self.waiting[sent.data.get("session_hash"), sent.data.get("id")] = sent.files[0][1]
             if len(self.waiting) > WAITING:
                 self.waiting.popitem(last=False)
 
-    def take(self, drawn: EditorData | None) -> str | bytes | None:
+    def take(self, drawn: EditorData | None, session: str | None) -> str | bytes | None:
         """Return the drawing that the page names: the file's bytes if it was sent like this, or else its path."""
         if drawn is None or drawn.id is None:
             return _path_of(drawn.composite) if drawn else None
-        return self.waiting.pop(drawn.id, None)
+        return self.waiting.pop((session, drawn.id), None)
 
 
 def layout(explainer: Explainer, test: Split, local: bool) -> gradio.Blocks:
@@ -133,7 +134,7 @@ def layout(explainer: Explainer, test: Split, local: bool) -> gradio.Blocks:
         )
         with gradio.Row():
             with gradio.Column():
-                picture, drawing = _inputs(test)
+                picture, drawing = _inputs(test, explainer.drawings)
             with gradio.Column():
                 seen = _picture("What the models saw")
                 heat = _picture("Where the first one looked (Grad-CAM; for an MLP, gradient x input)")
@@ -147,48 +148,37 @@ def layout(explainer: Explainer, test: Split, local: bool) -> gradio.Blocks:
     return page
 
 
-@contextlib.contextmanager
-def served(
-    page: gradio.Blocks, host: str, port: int, names: Collection[str], uploads: Path, password: str | None
-) -> Iterator[None]:
-    """Serve the page in the background, with all that Gradio could do beyond it turned off.
+def app(page: gradio.Blocks, uploads: Path, names: Collection[str], password: str | None) -> serve.Gate:
+    """Make the page an ASGI app, with all that Gradio could do beyond it turned off.
 
-    names: of the machine, in a client's request; uploads: the only folder with files of the page. Raises UserError if
-    another program has just begun to listen there.
+    uploads: the only folder with files of the page; names: of the machine, in a client's request.
     """
-    page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
-    try:
-        page.launch(
-            server_name=bracketed(host),
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            share=False,
-            mcp_server=False,
-            ssr_mode=False,
-            run_history=False,
-            enable_monitoring=False,
-            max_file_size=MOST,
-            auth=(USER, password) if password else None,
-            auth_message=f"The user's name is {USER}.",
-            app_kwargs={"middleware": [Middleware(serve.Gate, uploads=uploads, names=names, most=MOST)]},
-        )
-    except OSError as error:
-        raise UserError(f"{error}: choose another --port") from None
-    try:
-        yield
-    finally:
-        page.close(verbose=False)
+    page.queue(max_size=WAITING, default_concurrency_limit=TURNS)
+    mounted = gradio.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),
+        page,
+        "/",
+        footer_links=[],
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        mcp_server=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        max_file_size=MOST,
+        auth=(USER, password) if password else None,
+        auth_message=f"The user's name is {USER}.",
+    )
+    return serve.Gate(mounted, uploads, names, MOST, functions=len(page.fns))
 
 
-def bracketed(host: str) -> str:
-    """Write a host as in an address of the web: an IPv6 address stands in brackets."""
-    return f"[{host}]" if ":" in host else host
+def _choose(pictures: Sequence[Image.Image], index: int) -> Image.Image:
+    """Return the picture that was clicked on."""
+    if index not in range(len(pictures)):
+        raise gradio.Error("no such picture", print_exception=False)
+    return pictures[index]
 
 
-def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
+def _inputs(test: Split, drawings: Drawings) -> tuple[gradio.Image, gradio.Sketchpad]:
     """Make the tabs for a picture and for a drawing."""
     with gradio.Tab("Picture"):
         picture = gradio.Image(sources=["upload", "clipboard"], label="drop, paste or choose", height=SHOWN)
@@ -201,7 +191,7 @@ def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
             type="index",
             label="test images of the data set",
         )
-        offered.click(lambda index: pictures[index], offered, picture, api_visibility="private")
+        offered.click(functools.partial(_choose, pictures), offered, picture, api_visibility="private")
     with gradio.Tab("Drawing"):
         drawing = gradio.Sketchpad(
             canvas_size=(SHOWN, SHOWN),
@@ -210,9 +200,8 @@ def _inputs(test: Split) -> tuple[gradio.Image, gradio.Sketchpad]:
             transforms=(),
             layers=False,
         )
-        drawings = Drawings()
         drawing.accept_blobs = drawings.accept
-        drawing.preprocess = drawings.take  # type: ignore[method-assign, assignment]
+        drawing.preprocess = lambda drawn: drawn  # type: ignore[method-assign, assignment, return-value]
     return picture, drawing
 
 

@@ -1,28 +1,43 @@
 """What the page of demo.py lets a client do, and the folder where its pictures lie.
 
 with serve.uploads(folder) as mine:
-    names = serve.names("127.0.0.1", local=True)
-    page.launch(app_kwargs={"middleware": [Middleware(serve.Gate, uploads=mine, names=names, most=50_000_000)]})
+    gate = serve.Gate(app, mine, serve.names("127.0.0.1", local=True), most=50_000_000, functions=3)
+    with serve.running(gate, socket.create_server(("127.0.0.1", 7860))):
+        input("Enter ends it")
 
 Gradio serves more than the page needs, and trusts what a request says, so the gate stands before all of it.
 """
 
+import asyncio
 import contextlib
 import ipaddress
 import json
+import logging
+import math
+import os
 import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from filelock import FileLock
+from python_multipart.multipart import parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runtime import cli
+from runtime.errors import UserError
 
 SHOW = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(static|assets)/.+"
@@ -31,45 +46,64 @@ SHOW = re.compile(
 FILE = "/gradio_api/file="
 UPLOAD = "/gradio_api/upload"
 JOIN = "/gradio_api/queue/join"
-ROOM = {"/login": 10_000, JOIN: 100_000, "/gradio_api/component_server/": 1_000_000, UPLOAD: 100_000}  # bytes, most
-FULL = 2**30  # bytes of all pictures that lie in the folder
+DRAWN = "/gradio_api/component_server/"
+LOGIN = "/login"
+ROOM = {LOGIN: 10_000, JOIN: 100_000, DRAWN: 1_000_000, UPLOAD: 100_000}  # bytes, most
+PARTS = {DRAWN: 12, UPLOAD: 1}  # of a form, most; each can become a file
+FULL = 2**30  # bytes of all pictures that lie in the folder; half of it for one client
+TAKEN = {
+    UPLOAD: 2**20,
+    JOIN: 2**17,
+}  # bytes, counted at least: a small file, or the pictures of an answer, with folders
 KEPT = 600  # seconds that a picture lies there
+SWEEP = 60  # seconds from one removal of old pictures to the next
+SLOWEST = 300  # seconds that a request may take to arrive
+SILENT = 10  # seconds that a connection may stay without a request
+CONNECTIONS, OF_ONE = 128, 48  # at the same time, in all and of one client; macOS has 256 files for a process
+LOGINS, LOGINS_OF_ONE = 60, 10  # in a minute
+MARK = "fashion-mnist-demo.lock"  # in a session's folder
 
 
 @contextlib.contextmanager
 def uploads(base: Path) -> Iterator[Path]:
-    """Make a folder below base, which is removed at the end. Base must hold nothing else.
+    """Make a folder in a session's folder below base, which is removed at the end.
 
-    Folders of sessions that were killed are removed first. A lock beside each folder says that its session still runs.
+    The folders of sessions that were killed are removed first: a lock in each says whether its session still runs.
+    Raises UserError if base is a link or someone else's, who could then exchange what lies there.
     """
     base.mkdir(parents=True, exist_ok=True)
+    if base.is_symlink() or (os.name == "posix" and base.stat().st_uid not in (os.geteuid(), cli.ROOT.stat().st_uid)):
+        raise UserError(
+            f"{cli.shown(base)} is a link or belongs to another user: set GRADIO_TEMP_DIR to another folder"
+        )
     folder = base.resolve() / secrets.token_hex(8)
-    running, alone = _lock(folder), FileLock(base / "sessions.lock")
-    with alone:
-        _remove_ended(base)
-        running.acquire()
-        folder.mkdir(mode=0o700)
+    lock, alone = _lock(folder), FileLock(base / "sessions.lock")
     try:
-        yield folder
+        with alone:
+            _remove_ended(base)
+            folder.mkdir(mode=0o700)
+            lock.acquire()
+            (folder / "pictures").mkdir()
+        yield folder / "pictures"
     finally:
         with alone:
+            lock.release()
             shutil.rmtree(folder, ignore_errors=True)
-            running.release()
-            Path(running.lock_file).unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> FileLock:
-    return FileLock(f"{folder}.lock", blocking=False)
+    return FileLock(folder / MARK, blocking=False)
 
 
 def _remove_ended(base: Path) -> None:
-    """Remove the folders whose lock nobody holds; what belongs to someone else stays."""
+    """Remove what killed sessions left: folders named like theirs with a lock like theirs that nobody holds."""
     for folder in base.iterdir():
-        if folder.is_dir() and not folder.is_symlink():
-            lock = _lock(folder)
-            with contextlib.suppress(OSError), lock:  # filelock.Timeout, for a session that runs, is an OSError
+        ours = re.fullmatch("[0-9a-f]{16}", folder.name) and not folder.is_symlink()
+        if ours and (folder / MARK).is_file() and not (folder / MARK).is_symlink():
+            with contextlib.suppress(OSError):  # filelock.Timeout, for a session that runs, is an OSError
+                with _lock(folder):
+                    pass
                 shutil.rmtree(folder)
-                Path(lock.lock_file).unlink()
 
 
 def names(host: str, local: bool) -> set[str]:
@@ -94,26 +128,128 @@ class Refused(Exception):
         self.status = status
 
 
+@dataclass
+class Use:
+    """What a client uses of something: how much, and until when (a time of time.monotonic())."""
+
+    client: str
+    amount: int
+    end: float = math.inf
+
+
+class Shares:
+    """Something that all clients share, of which one alone can only have a part."""
+
+    def __init__(self, most: int, of_one: int, kept: float, refusal: str):
+        """most, of_one: what all and what one may use; kept: seconds that a use still counts after its end."""
+        self.most, self.of_one, self.kept, self.refusal = most, of_one, kept, refusal
+        self.uses: list[Use] = []
+        self.changing = threading.Lock()
+
+    @contextlib.contextmanager
+    def use(self, client: str, amount: int = 1) -> Iterator[Use]:
+        """Count a use while it lasts, and return it. Raises Refused if it is too much."""
+        with self.changing:
+            now = time.monotonic()
+            self.uses = [use for use in self.uses if use.end > now]
+            own = sum(use.amount for use in self.uses if use.client == client)
+            if own + amount > self.of_one or sum(use.amount for use in self.uses) + amount > self.most:
+                raise Refused(429, self.refusal)
+            use = Use(client, amount)
+            self.uses.append(use)
+        try:
+            yield use
+        finally:
+            use.end = time.monotonic() + self.kept
+
+
+class Body:
+    """Receives the body of a request within a time, and as a form of few parts.
+
+    MultiPartException has Gradio remove the files that it has begun.
+    """
+
+    def __init__(self, request: Request, receive: Receive):
+        """Note what begins a part: the same as for Gradio's parser."""
+        boundary = parse_options_header(request.headers.get("content-type"))[1].get(b"boundary")
+        self.begin = b"--" + boundary if boundary is not None else None
+        self.receive, self.parts = receive, PARTS.get(request.scope["path"], 0)
+        self.until = asyncio.get_running_loop().time() + SLOWEST
+        self.begun, self.last, self.whole = 0, b"", False
+
+    async def __call__(self) -> Message:
+        """Return the next message. Raises MultiPartException."""
+        if self.whole:
+            return await self.receive()
+        try:
+            async with asyncio.timeout_at(self.until):
+                message = await self.receive()
+        except TimeoutError:
+            raise MultiPartException("too slow") from None
+        if message["type"] == "http.disconnect":
+            raise MultiPartException("broken off")
+        self.whole = not message.get("more_body", False)
+        if self.begin is not None:
+            content = self.last + message.get("body", b"")
+            self.begun += content.count(self.begin)
+            self.last = content[1 - len(self.begin) :]
+            if self.begun > self.parts + 1:  # the end looks the same
+                raise MultiPartException("too many parts: send one file at a time")
+        return message
+
+
 class Gate:
     """Lets a request through to the app if the page itself could have sent it; as ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, uploads: Path, names: Collection[str], most: int):
-        """uploads: the folder of all files that a request may name, resolved; most: bytes of an uploaded file."""
-        self.app, self.uploads, self.names, self.most = app, uploads, names, most
+    def __init__(self, app: ASGIApp, uploads: Path, names: Collection[str], most: int, functions: int):
+        """Note what a request may name.
+
+        uploads: the folder of all files, resolved; names: of this machine; most: bytes of an uploaded file; functions:
+        how many the page has.
+        """
+        self.app, self.uploads, self.names, self.most, self.functions = app, uploads, names, most, functions
+        self.disk = Shares(FULL, FULL // 2, KEPT + 2 * SWEEP, "too many pictures: try again in some minutes")
+        self.logins = Shares(LOGINS, LOGINS_OF_ONE, 60, "too many logins: try again in a minute")
+        self.swept = -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by the app or with what is wrong with it."""
-        if scope["type"] == "http":
-            request = Request(scope, receive)
-            try:
-                self._check_sender(request)
-                self._check_route(request)
-                if request.method == "POST" and scope["path"] == JOIN:
-                    receive = _again(self._checked(await request.body()), receive)
-            except Refused as refused:
-                await PlainTextResponse(f"{refused}\n", refused.status)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            self._check_sender(request)
+            self._check_route(request)
+            with self._counted(request) as use:
+                if use and request.scope["path"] in TAKEN:
+                    send = _freeing(use, send)
+                if request.method == "POST":
+                    receive = await self._receiver(request, Body(request, receive))
+                await self.app(scope, receive, send)
+        except Refused as refused:
+            await PlainTextResponse(f"{refused}\n", refused.status)(scope, receive, send)
+
+    def _counted(self, request: Request) -> contextlib.AbstractContextManager[Use | None]:
+        """Count what a request uses of what all share."""
+        path, client = request.scope["path"], request.client.host if request.client else ""
+        if request.method == "POST" and path == LOGIN:
+            return self.logins.use(client)
+        if request.method == "POST" and path in TAKEN:
+            return self.disk.use(client, max(TAKEN[path], int(request.headers["content-length"])))
+        return contextlib.nullcontext()
+
+    async def _receiver(self, request: Request, receive: Receive) -> Receive:
+        """Return what the app receives the body from; a call of the page's functions is checked first."""
+        if request.scope["path"] == UPLOAD and time.monotonic() > self.swept + SWEEP:
+            self.swept = time.monotonic()
+            await run_in_threadpool(_sweep, self.uploads)
+        if request.scope["path"] != JOIN:
+            return receive
+        try:
+            return _again(self._checked(await Request(request.scope, receive).body()), receive)
+        except MultiPartException as error:
+            raise Refused(408, error.message) from None
 
     def _check_sender(self, request: Request) -> None:
         """Refuse what another web page had a browser send.
@@ -142,8 +278,8 @@ class Gate:
                 raise Refused(411, "a Content-Length is needed")
             if int(length[0]) > ROOM[path] + (self.most if path == UPLOAD else 0):
                 raise Refused(413, "too large")
-            if path == UPLOAD and int(length[0]) + _tidied(self.uploads) > FULL:
-                raise Refused(507, "too many pictures: try again in some minutes")
+            if path in PARTS and not request.headers.get("content-type", "").startswith("multipart/form-data;"):
+                raise Refused(415, "not a form")
         else:
             raise Refused(404, "not found")
 
@@ -156,9 +292,11 @@ class Gate:
             return fields
 
         try:
-            json.loads(body, object_hook=check)
+            call = json.loads(body, object_hook=check)
         except (ValueError, RecursionError):
             raise Refused(400, "not valid JSON") from None
+        if not isinstance(call, dict) or call.get("fn_index") not in range(self.functions):
+            raise Refused(400, "no function of the page")
         return body
 
     def _holds(self, name: Any) -> bool:
@@ -180,6 +318,17 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
+def _freeing(use: Use, send: Send) -> Send:
+    """Send what the app answers; what it refused, as without a login, has stored nothing."""
+
+    async def noted(message: Message) -> None:
+        if 400 <= message.get("status", 0) < 500:
+            use.amount = 0
+        await send(message)
+
+    return noted
+
+
 def _is_address(name: str) -> bool:
     try:
         return bool(ipaddress.ip_address(name))
@@ -187,12 +336,51 @@ def _is_address(name: str) -> bool:
         return False
 
 
-def _tidied(folder: Path) -> int:
-    """Add up the bytes of all files, and remove what Gradio leaves: old empty folders, and uploads that broke off."""
-    size, old = 0, time.time() - KEPT
+def _sweep(folder: Path) -> None:
+    """Remove what Gradio leaves: old empty folders, and uploads that broke off."""
     for place in folder.iterdir():
         with contextlib.suppress(OSError):  # a file may be removed at this moment, and a folder may not be empty
-            size += sum(file.lstat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
-            if place.lstat().st_mtime < old:
+            if place.lstat().st_mtime < time.time() - KEPT:
                 place.rmdir() if place.is_dir() else place.unlink()
-    return size
+
+
+class Connection(H11Protocol):
+    """A connection, which is closed if it stays silent, or if there are too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin with it, or close it at once."""
+        super().connection_made(transport)
+        clients = [other.client and other.client[0] for other in self.connections if isinstance(other, Connection)]
+        if len(clients) > CONNECTIONS or clients.count(self.client and self.client[0]) > OF_ONE:
+            transport.abort()
+        self.loop.call_later(SILENT, self._end_silence)
+
+    def _end_silence(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
+@contextlib.contextmanager
+def running(gate: Gate, listening: socket.socket) -> Iterator[None]:
+    """Serve in the background. Who a client is says its connection, and no header."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            gate,
+            http=Connection,
+            ws="none",
+            proxy_headers=False,
+            backlog=64,  # as many are accepted before one can be closed
+            log_level="warning",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+        yield
+    finally:
+        logging.getLogger("uvicorn.error").disabled = True  # a request that is cut off now is no bug
+        server.should_exit = True
+        thread.join(3)  # it waits for slow pictures, which nobody needs any more; as a daemon it ends with this process

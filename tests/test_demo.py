@@ -1,5 +1,6 @@
 """demo.py in a real browser: a picture, a drawing, the examples, and nothing sent anywhere. And what it refuses."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
 
 import httpx
@@ -21,10 +24,12 @@ from playwright.sync_api import expect
 
 from analysis import serve
 from data import CLASSES
+from runtime.errors import UserError
 
 EXAMPLES = 6
 PASSWORD = "of the tests"
 EXAMPLE, PICTURE, DRAWING = range(3)  # the page's functions
+KILLED, OWN = "0123456789abcdef", ("holidays", "20261128" * 2)  # the second is named like a session
 META = {"meta": {"_type": "gradio.FileData"}}
 
 
@@ -42,10 +47,14 @@ def free():
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory):
-    """The folder with the sessions' folders; a killed session has left its own there."""
+    """The folder with the sessions' folders; a killed session has left its own there, and the user has put others."""
     folder = tmp_path_factory.mktemp("uploads") / "fashion-mnist-demo"
-    (folder / "killed").mkdir(parents=True)
-    (folder / "killed" / "picture.png").write_text("someone's")
+    for name in (KILLED, *OWN):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "picture.png").write_text("someone's")
+    for name in (KILLED, "holidays"):
+        (folder / name / serve.MARK).touch()
+    (folder / "a1b2c3d4e5f60718").symlink_to(folder / "holidays")
     return folder
 
 
@@ -69,7 +78,7 @@ def address(log, uploads):
         finally:  # else the end of the process would be waited for
             process.terminate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert [file.name for file in uploads.iterdir()] == ["sessions.lock"]
+    assert {file.name for file in uploads.iterdir()} == {"sessions.lock", "a1b2c3d4e5f60718", *OWN}
 
 
 @pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
@@ -207,9 +216,9 @@ def upload(client, content):
     return client.post("/gradio_api/upload", files={"files": ("own.jpg", content)}).json()[0]
 
 
-def ask(client, number, value, **fields):
+def ask(client, number, value, session=None, **fields):
     """Call a function of the page: the HTTP status and, of a call that is taken, the last message."""
-    session = os.urandom(8).hex()
+    session = session or os.urandom(8).hex()
     content = {"data": [value], "fn_index": number, "session_hash": session, **fields}
     response = client.post("/gradio_api/queue/join", json=content)
     if not response.is_success:
@@ -274,7 +283,9 @@ def test_nothing_is_served_but_the_page(client, address):
     with httpx.Client(base_url=address) as stranger:
         assert stranger.post("/login", data={"username": "demo", "password": "guessed it"}).status_code == 400
         assert [stranger.get(path).status_code for path in ("/config", "/gradio_api/queue/data")] == [401, 401]
-        assert ask(stranger, PICTURE, None)[0] == stranger.post("/gradio_api/upload").status_code == 401
+        assert (
+            ask(stranger, PICTURE, None)[0] == stranger.post("/gradio_api/upload", files={"a": b""}).status_code == 401
+        )
 
 
 def test_other_web_pages_cannot_ask(client, address):
@@ -314,28 +325,127 @@ def test_drawings_that_wait_take_little_memory(client):
     send("a", "layer", "2000000000")  # a list of so many layers would take 16 GB
     for name in range(70):
         send(str(name))
-    assert ask(client, DRAWING, {"id": "0"})[1]["data"][0] is None
-    assert ask(client, DRAWING, {"id": "69"})[1]["data"][0]
+    for name, session in (("0", "a"), ("69", "b")):  # too old, someone else's
+        assert ask(client, DRAWING, {"id": name}, session)[1]["data"][0] is None
+    assert ask(client, DRAWING, {"id": "69"}, "a")[1]["data"][0]
 
 
-def test_the_folder_of_pictures_never_holds_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "FULL", 1000)
-    gate = serve.Gate(None, tmp_path, {"localhost"}, most=800)
-    scope = {"type": "http", "method": "POST", "path": serve.UPLOAD}
-    request = serve.Request(scope | {"headers": [(b"content-length", b"500")]})
-    gate._check_route(request)
-    for name in ("of a broken upload", "of a picture/it"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(bytes(300))
-    with pytest.raises(serve.Refused, match="too many"):
-        gate._check_route(request)
-    os.utime(tmp_path / "of a broken upload", (0, 0))
-    (tmp_path / "emptied").mkdir()
-    os.utime(tmp_path / "emptied", (0, 0))
-    with pytest.raises(serve.Refused, match="too many"):
-        gate._check_route(request)
-    gate._check_route(request)
-    assert [file.name for file in tmp_path.iterdir()] == ["of a picture"]
+def test_an_upload_is_one_file_and_leaves_nothing_if_it_breaks_off(client, address, uploads):
+    def count():
+        return len(list(uploads.glob("*/pictures/*")))
+
+    before = count()
+    for fields in ([("files", ("a", b"a"))] * 2, [("files", ("a", b"a")), ("files", (None, b"text"))]):
+        assert client.post("/gradio_api/upload", files=fields).status_code == 400
+    connection = HTTPConnection(address.removeprefix("http://"))
+    cookies = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    form = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": 1000, "Cookie": cookies}
+    connection.request("POST", "/gradio_api/upload", headers=form)
+    connection.send(b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nbegun')
+    for wanted in (before + 1, before):
+        end = time.monotonic() + 10
+        while count() != wanted and time.monotonic() < end:
+            time.sleep(0.01)
+        assert count() == wanted
+        connection.close()
+
+
+def test_nonsense_is_refused_without_a_traceback(client, log):
+    for content in ({"fn_index": 99}, {"fn_index": "x"}, {}, [], {"fn_index": [1]}):
+        assert client.post("/gradio_api/queue/join", json=content).status_code == 400
+    assert client.post("/gradio_api/component_server/", json={"component_id": 5}).status_code == 415
+    for index in (99, -1, "x", [1]):
+        assert ask(client, EXAMPLE, index)[1]["error"] == "no such picture"
+    assert "Traceback" not in log.read_text()
+
+
+def sent(gate, path, sizes, client="192.0.2.1"):
+    """Send requests of these sizes through a gate, all at once: their statuses."""
+
+    async def send():
+        transport = httpx.ASGITransport(gate, client=(client, 5))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as someone:
+            form = {"Content-Type": "multipart/form-data; boundary=x"}
+            posts = [someone.post(path, headers=form | {"Content-Length": str(size)}) for size in sizes]
+            return [response.status_code for response in await asyncio.gather(*posts)]
+
+    with ThreadPoolExecutor() as other:  # the browser's thread has a loop already
+        return other.submit(asyncio.run, send()).result()
+
+
+async def slow_app(scope, receive, send, status=200):
+    """Answer after all requests have come."""
+    await asyncio.sleep(0.1)
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+def test_the_folder_of_pictures_never_holds_too_many(tmp_path):
+    large, small = 2**26, 10
+
+    def gate(app=slow_app):
+        return serve.Gate(app, tmp_path, {"localhost"}, most=large, functions=3)
+
+    full = gate()  # the statuses of requests at the same time, and of one that comes after them
+    assert sorted(sent(full, serve.UPLOAD, [large] * 9)) == [200] * 8 + [429]
+    assert sent(full, serve.UPLOAD, [small]) == [429]
+    assert sorted(sent(full, serve.UPLOAD, [large] * 9, "192.0.2.2")) == [200] * 8 + [429]
+    assert sent(full, serve.UPLOAD, [small], "192.0.2.3") == [429]
+    assert sent(gate(), serve.UPLOAD, [small] * 513).count(429) == 1  # a file and its folder take more than its bytes
+    strangers = gate(partial(slow_app, status=401))
+    assert [sent(strangers, serve.UPLOAD, [large] * 8).count(401) for _ in range(2)] == [8, 8]  # nothing is stored
+    for number in range(3):
+        (tmp_path / f"of a broken upload {number}").touch()
+        (tmp_path / f"emptied {number}").mkdir()
+    for place in tmp_path.glob("* [12]"):
+        os.utime(place, (0, 0))
+    assert sent(gate(), serve.UPLOAD, [small]) == [200]
+    assert {file.name for file in tmp_path.iterdir()} == {"of a broken upload 0", "emptied 0"}
+
+
+def test_a_password_cannot_be_guessed_quickly(tmp_path):
+    gate = serve.Gate(slow_app, tmp_path, {"localhost"}, most=0, functions=3)
+    assert sent(gate, serve.LOGIN, [20] * 50).count(200) == 10
+    assert sum(sent(gate, serve.LOGIN, [20] * 50, f"192.0.2.{number}").count(200) for number in range(2, 9)) == 50
+    gate.logins.uses.clear()  # a minute later
+    assert sent(gate, serve.LOGIN, [20]) == [200]
+
+
+def test_uses_are_forgotten():
+    shares = serve.Shares(3, 2, 0, "too much")
+    with shares.use("a"), shares.use("a"), shares.use("b"):
+        for client in "ac":
+            with pytest.raises(serve.Refused, match="too much"), shares.use(client):
+                pass
+    with shares.use("c"):
+        assert [use.client for use in shares.uses] == ["c"]
+
+
+def test_silent_connections_and_false_addresses_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "SILENT", 0.5)
+    monkeypatch.setattr(serve, "OF_ONE", 5)
+    seen = []
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            seen.append(scope["client"][0])
+            await slow_app(scope, receive, send)
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    gate = serve.Gate(app, tmp_path, {"localhost"}, most=0, functions=3)
+    with serve.running(gate, listening):
+        silent = [socket.create_connection(listening.getsockname()) for _ in range(8)]
+        silent[0].send(b"GET / HTTP/1.1\r\nHost: ")  # begun, but never whole
+        time.sleep(0.2)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        for connection in silent:
+            connection.settimeout(10)
+            assert connection.recv(1) == b"" if connection in silent[:5] else True
+            connection.close()
+        false = {"X-Forwarded-For": "192.0.2.1"}
+        assert httpx.get(f"http://127.0.0.1:{listening.getsockname()[1]}", headers=false).is_success
+    assert seen == ["127.0.0.1"]
 
 
 def test_a_slow_picture_of_one_does_not_stop_another(client, address):
@@ -347,22 +457,27 @@ def test_a_slow_picture_of_one_does_not_stop_another(client, address):
     def answer(name, someone, file):
         ends[name] = ask(someone, PICTURE, file)[1], time.monotonic()
 
-    busy = [threading.Thread(target=answer, args=(number, client, slow)) for number in range(2)]
+    false = httpx.Client(base_url=address, timeout=60, cookies=client.cookies, headers={"X-Forwarded-For": "192.0.2.1"})
+    busy = [threading.Thread(target=answer, args=(number, client, slow)) for number in range(3)]
     for thread in busy:
         thread.start()
     time.sleep(0.2)
     elsewhere = httpx.HTTPTransport(local_address="127.0.0.2" if sys.platform == "linux" else None)
     with httpx.Client(base_url=address, timeout=60, transport=elsewhere, cookies=client.cookies) as other:
         answer("quick", other, quick)
-    assert "try again" in ask(client, PICTURE, quick)[1]["error"]  # the third picture of the first address
+    assert "try again" in ask(false, PICTURE, quick)[1]["error"]  # the fourth picture of the first address
     for thread in busy:
         thread.join()
     assert ends["quick"][0]["data"]
-    assert ends["quick"][1] < min(ends[0][1], ends[1][1])
+    assert ends["quick"][1] < min(ends[number][1] for number in range(3))
 
 
 def test_a_session_removes_its_pictures_and_those_of_killed_ones_alone(uploads, address, tmp_path):
-    assert not (uploads / "killed").exists()
+    assert not (uploads / KILLED).exists()
+    assert all((uploads / name / "picture.png").exists() for name in OWN)
+    (tmp_path / "link").symlink_to(uploads)
+    with pytest.raises(UserError, match="is a link"), serve.uploads(tmp_path / "link"):
+        pass
     code = "import sys, time; from pathlib import Path; from analysis import serve; from runtime import cli\n"
     code += "def main():\n with serve.uploads(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)\n"
     command = [sys.executable, "-c", code + "cli.run(main)", str(tmp_path / "base")]
