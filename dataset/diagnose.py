@@ -4,6 +4,7 @@ raise DataError(diagnose.describe(Path("downloads"), "--data-dir", ["train", "t1
 """
 
 import contextlib
+import itertools
 import re
 import shlex
 import zipfile
@@ -18,6 +19,7 @@ from runtime.errors import one_line
 TORCH = ("", "processed", "FashionMNIST/processed")  # where torchvision's earlier versions put training.pt and test.pt
 PACKED = re.compile(r"\.(t?gz|tar|7z|rar|xz|bz2)$")
 IDX_NAMES = "train- and t10k-, each with images-idx3-ubyte and labels-idx1-ubyte, raw or .gz"
+MOST_LOOKED_AT = 1_000  # files or names, for a line about them
 FORMS = "docs/data.md lists the forms that are read"
 
 
@@ -45,7 +47,7 @@ def nearby(place: Path, flag: str, parts: Sequence[str]) -> str:
                     for part in parts:
                         found.read(part)  # what is as bad is no advice
                     return f"; {folder} has {found.form.name}: {_option(flag, folder)}"
-        except OSError:
+        except (OSError, DataError):
             continue
     return ""
 
@@ -57,7 +59,8 @@ def _option(flag: str, place: idx.File) -> str:
 def _similar(place: Path, flag: str) -> str:
     if not place.parent.is_dir():
         return ""
-    names = [each.name for each in place.parent.iterdir() if each.name != place.name]  # a link that leads nowhere
+    beside = (each.name for each in itertools.islice(place.parent.iterdir(), MOST_LOOKED_AT))
+    names = [name for name in beside if name != place.name]  # a link that leads nowhere
     near = get_close_matches(place.name, names, n=1)
     return f"; did you mean {_option(flag, place.with_name(near[0]))}?" if near else ""
 
@@ -74,7 +77,8 @@ def _describe_file(place: Path) -> str:
 
 
 def _describe_zip(place: Path) -> str:
-    names = [str(each) for each in forms.listed(zipfile.Path(place))]
+    listed = forms.listed(zipfile.Path(idx.open_zip(place)))
+    names = [str(each) for each in itertools.islice(listed, MOST_LOOKED_AT)]
     if any(name.endswith(".npy") for name in names):
         return "it is an .npz with another ending: rename it"
     held = one_line(", ".join(name.removeprefix(str(place)).strip("/") for name in names[:4]))
@@ -86,13 +90,15 @@ def _describe_folder(place: Path) -> str:
         if all((place / below / name).is_file() for name in ("training.pt", "test.pt")):
             return _convert_torch(place / below)
     folders: list[idx.File] = [place, *forms.folders_below(place, 1)]
-    files = [file for folder in folders for file in forms.listed(folder)[:1000] if file.is_file()]
+    listed_files = (file for folder in folders for file in forms.listed(folder) if file.is_file())
+    files = [file for file in itertools.islice(listed_files, MOST_LOOKED_AT) if isinstance(file, Path)]
     for file in files:
         if held := idx.describe(file):
             return f"{file.name} holds {held}, but has another name than is read; copy the files as {IDX_NAMES}"
     if pictures := [file for file in files if file.name.lower().endswith(forms.PICTURES)]:
         return f"it holds pictures ({pictures[0].name}), but not in train/<class>/ and test/<class>/"
-    names = sorted(each.name + "/" * each.is_dir() for each in place.iterdir())
+    some = itertools.islice(place.iterdir(), MOST_LOOKED_AT)
+    names = sorted(each.name + "/" * each.is_dir() for each in some)
     for name in names:
         if PACKED.search(name.lower()):
             return f"it holds {one_line(name)}, which is packed: unpack it, and name the folder"

@@ -7,15 +7,18 @@ The forms, in that order: IDX files, Kaggle's CSV files, an .npz, Hugging Face's
 a zip with one of them. docs/data.md describes them. Sizes are bounded, and no file is executed or unpickled.
 """
 
+import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,10 +34,20 @@ PARTS = {"train": "training", "t10k": "test"}  # the name of a part in IDX files
 LAYOUTS = ("", "FashionMNIST/raw", "raw", "data/fashion", "fashion", "fashion-mnist", "fashion_mnist")  # below a folder
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # Pillow's decoder of TIFF needs gigabytes for some small files
-MOST_BYTES = 50_000  # of one picture: 28x28 pixels need less, and its metadata takes the square of its size
-MOST_UNPACKED = 2**30  # bytes of a parquet file's pictures
+MOST_BYTES = 20_000  # of one picture: 28x28 pixels need less, and its metadata takes the square of its size
+MOST_OF_CSV = MAX_IMAGES * 5_000  # bytes: 785 numbers, quoted, have 4,700
+MOST_UNPACKED = 2**29  # bytes of a parquet file, and of an array
+MOST_IN_MEMORY = 2**28  # bytes of an .npz or parquet file in a zip
+MOST_OF_PICTURES = (
+    2**27
+)  # bytes of a parquet file's pictures: pyarrow takes four times as much, and aborts if it cannot
+MOST_OF_NPZ = 2**32  # bytes: four arrays
+MOST_LISTED = 2**16  # bytes of the list of an .npz's arrays
+MOST_METADATA = 2**22  # bytes of what a parquet file says of itself
+MOST_KNOWN = 1_000  # pictures of a parquet file that are not decoded twice
+MOST_MEMORY = 900 * 2**20  # bytes for pyarrow
 MOST_FOLDERS = 200  # in which files are looked for
-MOST_MEMBERS = 500_000  # of a zip
+MOST_MEMBERS = 250_000  # of a folder
 LINE = 10_000  # more bytes than a line of a CSV file has
 CHUNK = 2**22  # numbers of an array that are read at once
 HIDDEN = (".", "__MACOSX")  # how the names begin of what a system adds to folders and to zips
@@ -110,7 +123,7 @@ def find(place: Path, problems: list[str]) -> Iterator[Found]:
     for archive in archives:
         try:
             with idx.reading(archive):
-                root = zipfile.Path(archive)
+                root = zipfile.Path(idx.open_zip(archive))
                 folders = [root, *folders_below(root)]
         except DataError as error:
             problems.append(str(error))
@@ -127,51 +140,60 @@ def folders_below(place: File, levels: int = 2) -> list[File]:
     found: list[File] = []
     above = [place]
     for _ in range(levels):
-        above = [each for folder in above for each in listed(folder) if each.is_dir()][:MOST_FOLDERS]
+        above = [each for folder in above for each in _folders(folder)][:MOST_FOLDERS]
         found += above
     return found[:MOST_FOLDERS]
 
 
-def listed(folder: File) -> list[File]:
-    """List what is in a folder, sorted by name, without hidden files; nothing if it must not be read.
+def listed(folder: File) -> Iterator[File]:
+    """Yield what is in a folder, sorted by name, without hidden files; nothing if it must not be read.
 
-    Raises DataError for a zip of too many files.
+    Raises DataError for a folder of too many files.
     """
+    return (_in(folder, name) for name in _names(folder))
+
+
+def _names(folder: File) -> list[str]:
+    """List what listed() yields by its names, those of folders with "/" behind."""
     if isinstance(folder, zipfile.Path):
-        names = _tree(folder.root).get(folder.at, set())
-        return [zipfile.Path(folder.root, folder.at + name) for name in sorted(names) if not name.startswith(HIDDEN)]
+        return _tree(folder.root).get(folder.at, [])
     try:
-        return sorted(
-            (each for each in folder.iterdir() if not each.name.startswith(HIDDEN)), key=lambda each: each.name
-        )
+        with os.scandir(folder) as entries:
+            names = {entry.name: entry.is_dir() for entry in itertools.islice(entries, MOST_MEMBERS + 1)}
     except OSError:
         return []
+    if len(names) > MOST_MEMBERS:
+        raise DataError(f"{folder.name} has more than {MOST_MEMBERS:,} files")
+    return [name + "/" * names[name] for name in sorted(names) if not name.startswith(HIDDEN)]
 
 
-_trees: WeakKeyDictionary[zipfile.ZipFile, dict[str, set[str]]] = WeakKeyDictionary()
+def _in(folder: File, name: str) -> File:
+    return folder / name if isinstance(folder, Path) else zipfile.Path(folder.root, folder.at + name)
 
 
-def _tree(archive: zipfile.ZipFile) -> dict[str, set[str]]:
-    """Return the names in each folder of a zip, a folder's with "/". zipfile.Path reads all names for each folder."""
+_trees: WeakKeyDictionary[zipfile.ZipFile, dict[str, list[str]]] = WeakKeyDictionary()
+
+
+def _tree(archive: zipfile.ZipFile) -> dict[str, list[str]]:
+    """Return the names in each folder of a zip, as of _names(). zipfile.Path reads all names for each folder."""
     if archive not in _trees:
-        names = archive.namelist()
-        if len(names) > MOST_MEMBERS:
-            raise DataError(f"{Path(archive.filename or '').name} has more than {MOST_MEMBERS:,} files: unpack it")
-        tree = _trees[archive] = {}
-        for name in names:
+        tree: dict[str, set[str]] = {}
+        for name in archive.namelist():
             above, _, last = name.rstrip("/").rpartition("/")
-            if last:
+            if last and not last.startswith(HIDDEN):
                 tree.setdefault(above + "/" * bool(above), set()).add(last + "/" * name.endswith("/"))
+        _trees[archive] = {folder: sorted(names) for folder, names in tree.items()}
     return _trees[archive]
 
 
 def _files(folder: File, pattern: str) -> list[File]:
     """List the files in a folder whose names, in lower case, match."""
-    return [each for each in listed(folder) if re.search(pattern, _name(each).lower()) and each.is_file()]
+    found = [_in(folder, name) for name in _names(folder) if name[-1] != "/" and re.search(pattern, name.lower())]
+    return [each for each in found if each.is_file()]
 
 
-def _name(file: File) -> str:
-    return file.name if isinstance(file, Path) else file.at.rstrip("/").rpartition("/")[2]  # ten times as fast
+def _folders(folder: File) -> list[File]:
+    return [_in(folder, name) for name in _names(folder) if name.endswith("/")]
 
 
 # --- IDX -------------------------------------------------------------------------------------------------
@@ -191,8 +213,9 @@ def _find_idx(folders: list[File]) -> Copies:
 
 def _idx_files(folder: File) -> Iterator[File]:
     """Yield the IDX files in a folder; each may lie in a folder of its name, as some unpackers leave it."""
-    for each in listed(folder):
-        if re.match(r"(train|t10k)-(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?$", each.name.lower()):
+    for name in _names(folder):
+        if re.match(r"(train|t10k)-(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?/?$", name.lower()):
+            each = _in(folder, name)
             file = each / each.name if each.is_dir() else each
             if file.is_file():
                 yield file
@@ -232,7 +255,7 @@ def _find_csv(folders: list[File]) -> Copies:
 def _read_csv(files: list[File], part: str) -> Part:
     """Read lines of a label and 784 pixels from 0 to 255, below a header or none."""
     (path,) = files
-    with idx.reading(path), idx.unpacked(path) as file:
+    with idx.unpacked(path, MOST_OF_CSV) as file:
         first = file.readline(LINE).removeprefix(b"\xef\xbb\xbf")
         has_header = _has_header(path, first)
         if has_header:
@@ -284,7 +307,7 @@ def _find_npz(folders: list[File]) -> Copies:
 
 def _read_npz(files: list[File], part: str) -> Part:
     (path,) = files
-    with idx.reading(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with _for_random_access(path, MOST_OF_NPZ) as file, idx.open_zip(file, MOST_LISTED) as archive:
         images, labels = (_read_npy(path, archive, name) for name in ARRAYS[part])
     shape = tuple(length for length in images.shape[1:] if length != 1)
     if shape not in ((SIZE, SIZE), (SIZE**2,)):
@@ -300,16 +323,18 @@ def _read_npy(path: File, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         raise DataError(
             f"{path.name} has the arrays {one_line(keys)}; it must have x_train, y_train, x_test and y_test"
         )
-    with archive.open(f"{name}.npy") as file:
+    with idx.opened(zipfile.Path(archive, f"{name}.npy"), MOST_UNPACKED) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, by_columns, dtype = header[version](file)
-        except (ValueError, KeyError) as error:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("its header has another version than 1.0")
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # a malformed header can make NumPy raise anything
             raise DataError(f"{path.name}: {name} is no array: {one_line(error)}") from None
-        count = int(np.prod(shape, dtype=object))
-        if dtype.kind not in "iu" or count > MAX_IMAGES * SIZE**2 or min(shape, default=0) < 0:
-            raise DataError(f"{path.name}: {name} is {dtype} {shape}; it must be whole numbers from 0 to 255")
+        lengths_fit = all(type(length) is int and 0 <= length <= MAX_IMAGES * SIZE**2 for length in shape)
+        count = int(np.prod(shape, dtype=object)) if lengths_fit and len(shape) <= 4 else sys.maxsize
+        if dtype.kind not in "iu" or count > MAX_IMAGES * SIZE**2:
+            what = one_line(f"{dtype} {shape}")[:200]
+            raise DataError(f"{path.name}: {name} is {what}; it must be whole numbers from 0 to 255")
         values = np.empty(count, np.uint8)
         for start in range(0, count, CHUNK):  # of 8 bytes each, all at once would be gigabytes
             chunk = values[start : start + CHUNK]
@@ -318,6 +343,14 @@ def _read_npy(path: File, archive: zipfile.ZipFile, name: str) -> np.ndarray:
                 raise DataError(f"{path.name}: {name} is truncated")
             chunk[:] = _as_bytes(f"{path.name}: {name}", np.frombuffer(content, dtype))
     return np.ascontiguousarray(values.reshape(shape, order="F" if by_columns else "C"))
+
+
+@contextlib.contextmanager
+def _for_random_access(path: File, most: int) -> Iterator[IO[bytes]]:
+    """Open a file of at most so many bytes. One in a zip is read whole: each step back would unpack it anew."""
+    on_disk = isinstance(path, Path)
+    with idx.opened(path, most if on_disk else MOST_IN_MEMORY) as file:
+        yield file if on_disk else io.BytesIO(file.read())
 
 
 def _as_bytes(label: str, values: np.ndarray) -> np.ndarray:
@@ -351,42 +384,87 @@ def _read_parquet(files: list[File], part: str) -> Part:
         raise DataError(f"{files[0].name} needs pyarrow, which is not installed: {cli.install()}") from None
     images: list[np.ndarray] = []
     labels: list[int] = []
+    known: dict[bytes, np.ndarray] = {}  # a few bytes of a file can repeat a picture many times
     names: tuple[str, ...] | None = None
     for path in files:
         try:
-            with idx.reading(path), path.open("rb") as file:
-                metadata = parquet.read_metadata(file)
+            with _little_memory(), _for_random_access(path, MOST_UNPACKED) as file:
+                metadata = _metadata(path, file)
                 column = _column_of_pictures(path, metadata)  # a picture that its rows repeat is in memory once:
                 with parquet.ParquetFile(file, metadata=metadata, read_dictionary=[column]) as table:
                     names = names or _stored_names(table.schema_arrow.metadata)
                     for picture, label in _rows(path, table, column):
-                        images.append(decode(f"{path.name}: image {len(images):,}", picture))
+                        if picture not in known:
+                            known[picture] = decode(f"{path.name}: image {len(images):,}", picture)
+                        images.append(known[picture])
+                        if len(known) > MOST_KNOWN:
+                            known.clear()
                         labels.append(label)
         except arrow.ArrowException as error:
-            with idx.reading(path), path.open("rb") as file:
+            with idx.opened(path, MOST_UNPACKED) as file:
                 what = idx.foreign(file.read(1000))
             raise DataError(f"{path.name} {f'is {what}' if what else f'cannot be read: {one_line(error)}'}") from None
     _check_count(files[0], len(images))
     return np.stack(images), _as_bytes(f"{files[0].name}: label", np.array(labels)), names
 
 
+def _metadata(path: File, file: IO[bytes]) -> Any:
+    """Return what a parquet file says of itself. Raises DataError if that is long: its parts take more memory yet."""
+    from pyarrow import parquet
+
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(0)
+    if MOST_METADATA < length < size:
+        raise DataError(f"{path.name}: its metadata have more than {MOST_METADATA:,} bytes")
+    return parquet.read_metadata(file)
+
+
+@contextlib.contextmanager
+def _little_memory() -> Iterator[None]:
+    """Let the process take MOST_MEMORY bytes more, on Linux: pyarrow believes the sizes that a file claims."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    least = min(limit for limit in (used + MOST_MEMORY, soft) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (least, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def _column_of_pictures(path: File, metadata: Any) -> str:
-    """Return the path of the column of the pictures' bytes. Raises DataError if it is missing or too large."""
+    """Return the path of the column of the pictures' bytes.
+
+    Raises DataError if it, or that of the labels, is missing, too large or of another type.
+    """
     columns = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     found = next((name for name in ("image.bytes", "image") if name in columns), "")
     if not found or "label" not in columns:
         raise DataError(f"{path.name} has the columns {one_line(', '.join(columns))}; it must have image and label")
     if metadata.num_rows > MAX_IMAGES:
         raise DataError(f"{path.name} has more than {MAX_IMAGES:,} images")
-    groups = [metadata.row_group(number).column(columns.index(found)) for number in range(metadata.num_row_groups)]
-    if sum(group.total_uncompressed_size for group in groups) > MOST_UNPACKED:
-        raise DataError(f"{path.name}: its pictures have more than {MOST_UNPACKED >> 20:,} MiB")
+    for name, types in ((found, ("BYTE_ARRAY",)), ("label", ("INT32", "INT64"))):
+        column = metadata.schema.column(columns.index(name))
+        if column.physical_type not in types or column.max_repetition_level:
+            raise DataError(f"{path.name}: image must be the bytes of a picture, and label a whole number")
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if sum(group.column(columns.index(found)).total_uncompressed_size for group in groups) > MOST_OF_PICTURES:
+        raise DataError(
+            f"{path.name}: its pictures have more than {MOST_OF_PICTURES >> 20:,} MiB: write them into several files"
+        )
     return found
 
 
 def _rows(path: File, table: Any, column: str) -> Iterator[tuple[bytes, int]]:
     """Yield the bytes of each picture with its label."""
-    for batch in table.iter_batches(batch_size=500, columns=[column, "label"]):
+    for batch in table.iter_batches(batch_size=500, columns=[column, "label"], use_threads=False):
         images = batch.column("image").field("bytes") if column == "image.bytes" else batch.column("image")
         for picture, label in zip(images, batch.column("label"), strict=True):
             picture, label = picture.as_py(), label.as_py()
@@ -412,8 +490,8 @@ def _find_pictures(folders: list[File]) -> Copies:
     for folder in folders:
         found = {}
         for part, names in (("train", ("train", "training")), ("t10k", ("test", "testing", "t10k"))):
-            below = [each for each in listed(folder) if each.name.lower() in names and each.is_dir()]
-            found[part] = [each for each in listed(below[0]) if each.is_dir()] if below else []
+            below = [name for name in _names(folder) if name.endswith("/") and name[:-1].lower() in names]
+            found[part] = _folders(_in(folder, below[0])) if below else []
         if any(found.values()):
             yield folder, found
 
@@ -441,7 +519,7 @@ def _read_pictures(files: list[File], part: str) -> Part:
     images = []
     for path, _ in tqdm(pictures, desc=f"data: {parent.name}", unit=" pictures", disable=None, leave=False):
         label = f"{parent.name}/{idx.above(path).name}/{path.name}"
-        with idx.reading(path), path.open("rb") as file:
+        with idx.opened(path, MOST_UNPACKED) as file:
             content = file.read(MOST_BYTES + 1)
         images.append(decode(label, content, idx.above(parent)))
     return np.stack(images), np.array([label for _, label in pictures], np.uint8), classes

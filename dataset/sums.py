@@ -15,7 +15,7 @@ from runtime.errors import one_line
 
 SUMS = "SHA256SUMS"
 NAMES = (SUMS, "SHA256SUMS.txt", "sha256sums.txt", "sha256sums")
-MOST_BYTES = 50_000_000
+MOST_BYTES = 25_000_000  # 200,000 pictures, each by its path
 LONGEST_LINE = 5_000  # characters; a path has 4,096 bytes at most
 GNU = re.compile(r"\\?(?P<sum>[0-9a-fA-F]{64})\s+\*?(?P<name>\S.*)")
 OUTSIDE = re.compile(r"/|\.\./|[A-Za-z]:")  # how the paths begin that do not start in the folder of the SHA256SUMS

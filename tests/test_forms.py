@@ -8,11 +8,13 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -464,8 +466,9 @@ def lying_npy(shape, dtype="|u1"):
 def test_files_that_become_large_are_refused_early(tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "MAX_IMAGES", 5_000)
     zeros = bytes(2**20)
-    header = lying_npy((10**15,)), lying_npy((-1, 28, 28)), lying_npy((1,), "|O"), lying_npy((10, 28, 28))
-    refusals = ["it must be whole numbers from 0 to 255"] * 3 + ["x_test is truncated"]
+    shapes = (10**15,), (-1, 28, 28), (0, 10**30, 28), (0, 2**62, 28), (1,) * 70, (True, 28, 28)
+    header = [*map(lying_npy, shapes), lying_npy((1,), "|O"), lying_npy((10, 28, 28)), lying_npy("(" * 9_000)]
+    refusals = ["it must be whole numbers from 0 to 255"] * 7 + ["x_test is truncated", "x_test is no array"]
     cases = [({f"{name}.npy": [each, bytes(784)] for name in ("x_test", "y_test")}, reason)
              for each, reason in zip(header, refusals, strict=True)]  # fmt: skip
     many = [b"0" + b",0" * 784 + b"\n"] * 10_000 + [b"not a number\n"]
@@ -480,6 +483,130 @@ def test_files_that_become_large_are_refused_early(tmp_path, monkeypatch):
                     file.writelines(pieces)
         with pytest.raises(data.DataError, match=reason):
             data.load("test", data_dir=path, other_data=True)
+
+
+def write_bytes(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
+def claim_a_long_list(folder):
+    write_bytes(folder / "x.zip", b"")
+    with (folder / "x.zip").open("r+b") as file:
+        file.seek(2**31)  # takes no room on the disk
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 2**31, 0, 0))
+
+
+def write_members(folder, files, method=zipfile.ZIP_DEFLATED):
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "x.zip", "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return folder / "x.zip"
+
+
+def with_a_name_that_is_no_text(folder):
+    path = write_members(folder, {"é": b""})
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+
+
+def write_columns(folder, images, labels, **options):
+    folder.mkdir()
+    parquet.write_table(pyarrow.table({"image": images, "label": labels}), folder / "test.parquet", **options)
+
+
+LONG_NAME = b"\x1f\x8b\x08\x08" + bytes(6) + b"a" * 10**7  # of the file that is packed
+LIARS = {  # where the limits are those of TIGHT
+    "a long list of files": (claim_a_long_list, "list of files has more than 25,000,000 bytes"),
+    "many files": (
+        lambda folder: write_members(folder, dict.fromkeys(map(str, range(200)), b"")),
+        "more than 100 files",
+    ),
+    "deep folders": (
+        lambda folder: write_members(folder, {"a/" * 30_000: b""}),
+        "its folders are too many and too deep",
+    ),
+    "another method": (
+        lambda folder: write_members(folder, {"test.csv": b"0"}, zipfile.ZIP_LZMA),
+        "another method than deflate",
+    ),
+    "a name that is no text": (with_a_name_that_is_no_text, "x.zip cannot be read: 'utf-8' codec"),
+    "arrays in a zip": (
+        lambda folder: write_members(folder, {"a.npz": bytes(2**20)}),
+        "a.npz is larger than 100,000 bytes",
+    ),
+    "a long gzip header": (
+        lambda folder: write_bytes(folder / f"{idx.name_of('t10k', 'images')}.gz", LONG_NAME),
+        "ends before its last block",
+    ),
+    "empty gzip members under any name": (
+        lambda folder: write_bytes(folder / "photo", gzip.compress(b"") * 100_000),
+        "it holds photo",
+    ),
+    "empty gzip members": (
+        lambda folder: write_bytes(folder / "test.csv.gz", gzip.compress(b"") * 100_000),
+        "more than 10,000 parts",
+    ),
+    "a large CSV": (
+        lambda folder: write_bytes(folder / "test.csv.gz", gzip.compress((b"0" + b",0" * 784 + b"\n") * 1_400)),
+        "bytes than fit",
+    ),
+    "large labels": (lambda folder: write_columns(folder, [b""] * 100, ["x" * 10**6] * 100), "label a whole number"),
+    "repeated labels": (
+        lambda folder: write_columns(folder, [b""], [[0] * 10**6]),
+        "has the columns image, label.list",
+    ),
+    "large pictures": (
+        lambda folder: write_columns(folder, [bytes(2**20)], [0], use_dictionary=False),
+        "have more than 0 MiB",
+    ),
+    "long metadata": (
+        lambda folder: write_columns(folder, [b""] * 1_000, [0] * 1_000, row_group_size=1),
+        "its metadata have more than",
+    ),
+    "many files in a folder": (
+        lambda folder: [write_bytes(folder / str(number), b"") for number in range(200)],
+        "more than 100 files",
+    ),
+}
+TIGHT = {
+    forms: {"MOST_MEMBERS": 100, "MOST_OF_CSV": 2_100_000, "MOST_METADATA": 100_000, "MOST_OF_PICTURES": 10**6},
+    idx: {"MOST_ENTRIES": 100},
+}
+
+
+@pytest.mark.parametrize("case", LIARS)
+def test_files_that_lie_about_their_size_are_refused_soon(tmp_path, case, monkeypatch):
+    write, reason = LIARS[case]
+    write(tmp_path / "given")
+    for module, limits in TIGHT.items():
+        for name, most in limits.items():
+            monkeypatch.setattr(module, name, most)
+    if case == "arrays in a zip":
+        monkeypatch.setattr(forms, "MOST_IN_MEMORY", 100_000)
+    start, pool = time.process_time(), pyarrow.default_memory_pool()
+    before = pool.max_memory()
+    with pytest.raises(data.DataError, match=reason) as caught:
+        data.load("test", data_dir=tmp_path / "given", other_data=True)
+    assert str(caught.value).isprintable()
+    assert time.process_time() - start < 1
+    assert pool.max_memory() - before < 2**26
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux keeps this limit")
+def test_pyarrow_gets_little_memory():
+    with forms._little_memory(), pytest.raises(MemoryError):
+        np.empty(2**31, np.uint8)
+    assert np.empty(2**31, np.uint8).size
+
+
+def test_a_picture_that_a_parquet_file_repeats_is_decoded_once(tmp_path, others):
+    content = png(others["t10k"][0][0])
+    chunk = struct.pack(">L", 4) + b"tEXta\0bc" + struct.pack(">L", zlib.crc32(b"tEXta\0bc"))
+    write_columns(tmp_path / "given", [content[:33] + chunk * 1_000 + content[33:]] * 10_000, [0] * 10_000)
+    start = time.process_time()
+    assert len(data.load("test", data_dir=tmp_path / "given", other_data=True)[0].labels) == 10_000
+    assert time.process_time() - start < 2
 
 
 def test_a_zip_of_many_folders_is_looked_through_quickly(tmp_path):

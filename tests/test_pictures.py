@@ -387,8 +387,8 @@ def test_a_picture_of_a_data_set_takes_little_memory(tmp_path):
     small = saved(Image.new("L", (28, 28)), "JPEG")
     exif = b"".join(b"\xff\xe1\xfd\xf0Exif\0\0" + part for part in pieces(tagged(20_000, 100_000), 65_000))
     for content, reason in (
-        (tagged(2_000, 20_000), "none of PNG, JPEG"),
-        (small[:2] + exif + small[2:], "50,000 bytes"),
+        (tagged(1_000, 5_000), "none of PNG, JPEG"),
+        (small[:2] + exif + small[2:], "20,000 bytes"),
     ):
         with pytest.raises(DataError, match=reason):
             decode_of_a_set("a picture", content)
@@ -405,6 +405,6 @@ def pieces(content, length):
 def memory_of_reading(path):
     """MiB that are taken to refuse a parquet file."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError, match="50,000 bytes"):
+    with pytest.raises(DataError, match="20,000 bytes"):
         PARQUET.read([path], "train")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
