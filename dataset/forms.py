@@ -400,7 +400,7 @@ def _read_parquet(files: list[File], part: str) -> Part:
                         if len(known) > MOST_KNOWN:
                             known.clear()
                         labels.append(label)
-        except arrow.ArrowException as error:
+        except (arrow.ArrowException, KeyError) as error:  # KeyError: of odd names of columns and of time zones
             with idx.opened(path, MOST_UNPACKED) as file:
                 what = idx.foreign(file.read(1000))
             raise DataError(f"{path.name} {f'is {what}' if what else f'cannot be read: {one_line(error)}'}") from None

