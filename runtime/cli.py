@@ -274,6 +274,8 @@ def _prepare_streams() -> None:
 def _neutralise(stream: TextIO) -> None:
     """Have a stream write as escapes what steers a terminal: the name of a file or a field of it may hold anything."""
     write = stream.write
+    if getattr(write, "__name__", "") == "neutral":  # of an earlier run() in this process
+        return
 
     def neutral(text: str) -> int:
         return write(text if not text.strip(UP) else STEERING.sub(lambda found: ascii(found[0])[1:-1], text))
