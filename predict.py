@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                     to_show.append(row)
     sys.stdout.flush()
     if args.show and to_show:
-        show(args.show, to_show)
+        show(args.show, to_show, count)
     return 0 if count == len(names) else 1
 
 
@@ -122,13 +122,14 @@ def _is_drawn(path: Path) -> bool:
         return f"tEXtTitle\0{TITLE}".encode() in file.read(200)
 
 
-def show(path: Path, rows: Sequence["Classified"]) -> None:
-    """Draw what the network saw of the pictures."""
+def show(path: Path, rows: Sequence["Classified"], count: int) -> None:
+    """Draw what the network saw of the pictures, or of the first of so many."""
     from analysis import plots
     from runtime import files
 
     files.write_atomically(path, plots.png(plots.seen(rows), TITLE))
-    print(f"predict.py: what the network saw is in {cli.shown(path)}", file=sys.stderr)
+    some = f" of the first {len(rows)} pictures" if len(rows) < count else ""
+    print(f"predict.py: what the network saw{some} is in {cli.shown(path)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

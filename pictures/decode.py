@@ -81,7 +81,7 @@ def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise UserError("too many pixels") from None
+        raise UserError(f"too many pixels: at most {MOST_PIXELS:,} are decoded") from None
     except UnidentifiedImageError:
         if not HEIC.match(content) or not importlib.util.find_spec("pillow_heif"):
             raise

@@ -23,12 +23,14 @@ MOST_BYTES = 256 * 2**20  # of a file
 BEGINNING = 1_000  # bytes that say what a file is
 RAW = re.compile(rb".{4}ftypcrx |II\*\0.{4}CR|FUJIFILMCCD-RAW|IIR[OS]", re.DOTALL)  # of Canon, Fujifilm, Olympus
 OTHERS = (  # files that people take for pictures: what they begin with, what they are, and what to do
+    (rb"%!PS", "PostScript: save it as PNG first"),
     (rb"%PDF-", "a PDF: save its page as a picture first"),
     (rb"(<\?xml.*)?<svg[\s>]", "an SVG drawing: save it as PNG first"),
     (rb"(<!doctype html|<html)", "a web page: save the picture itself"),
     (rb"(.{4}ftyp(isom|iso\d|mp4|M4V|qt  |avc1|3g)|\x1a\x45\xdf\xa3|RIFF.{4}AVI )", "a video: save a frame of it"),
     (rb"(PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf)", "an archive: unpack it, and name its folder"),
     (rb"version https://git-lfs", "a Git LFS pointer: `git lfs pull` fetches the file itself"),
+    (rb"[\t\n\r -~\x80-\xff]+$", "a text file, not a picture"),
 )
 
 
@@ -84,7 +86,7 @@ def find(given: Sequence[str]) -> list[str]:
     for name in given:
         names += map(str, files_below(Path(name))) if Path(name).is_dir() else [name]
     if not names:
-        raise UserError("no picture in there")
+        raise UserError(f"no picture in {', '.join(given)}")
     return names
 
 

@@ -258,7 +258,7 @@ BOMBS = {  # a small file that costs much: what it holds, and what is said of it
     ),
     "PostScript": (
         lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "not a picture of a format that is read",
+        "PostScript: save it as PNG first",
     ),
 }
 
