@@ -148,5 +148,7 @@ def show(args: argparse.Namespace, base: Path, listening: socket.socket, passwor
 if __name__ == "__main__":
     try:
         cli.run(main)
-    except SystemExit as end:  # with the exit code; threads that still read slow pictures would keep this process
-        os._exit(int(end.code or 0))
+    except SystemExit as end:
+        if threading.active_count() > 1:  # those that still read slow pictures would keep this process
+            os._exit(int(end.code or 0))
+        raise

@@ -51,10 +51,7 @@ LOGIN = "/login"
 ROOM = {LOGIN: 10_000, JOIN: 100_000, DRAWN: 1_000_000, UPLOAD: 100_000}  # bytes, most
 PARTS = {DRAWN: 12, UPLOAD: 1}  # of a form, most; each can become a file
 FULL = 2**30  # bytes of all pictures that lie in the folder; half of it for one client
-TAKEN = {
-    UPLOAD: 2**20,
-    JOIN: 2**17,
-}  # bytes, counted at least: a small file, or the pictures of an answer, with folders
+TAKEN = {UPLOAD: 2**14, JOIN: 2**17}  # bytes, counted at least: a small file, or the pictures of an answer
 KEPT = 600  # seconds that a picture lies there
 SWEEP = 60  # seconds from one removal of old pictures to the next
 SLOWEST = 300  # seconds that a request may take to arrive

@@ -574,6 +574,31 @@ def test_a_run_that_repeats_one_of_which_there_is_a_copy_leaves_both(tmp_path, e
     assert len(before) == 4
 
 
+def test_a_copy_that_is_a_link_is_no_copy(tmp_path):
+    """It would show the new checkpoint as soon as that has taken the place of the old one."""
+    path = tmp_path / "best_cnn_fmnist.pt"
+    path.write_bytes(b"weights")
+    link = path.with_suffix(f".{hashlib.sha256(b'weights').hexdigest()[:8]}.pt")
+    link.symlink_to(path.name)
+    kept = record.keep_aside(path)
+    path.write_bytes(b"others")
+    assert kept.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("threads", [None, 99])
+def test_a_finished_run_of_the_same_flags_is_kept_where_another_is_resumed(threads, unfinished, tmp_path, expected):
+    """As where a run was moved from another machine, whose last bits may be others."""
+    folder, name = tmp_path / "finished", "best_cnn_fmnist"
+    expected.put(CNN, folder)
+    finished = (folder / f"{name}.pt").read_bytes()
+    if threads:
+        history = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(history | {"threads": threads}))
+    shutil.copy(unfinished / "unfinished_cnn_fmnist.pt", folder)
+    assert run(folder, CNN, "--resume") == 0, said(folder)
+    assert [path.read_bytes() for path in folder.glob(f"{name}.*.pt")] == ([finished] if threads else [])
+
+
 def test_a_kept_history_is_never_replaced_by_another(tmp_path):
     """A checkpoint may come again with another history, as that of a run that was interrupted."""
     path = tmp_path / "best_cnn_fmnist.pt"

@@ -234,7 +234,7 @@ class Record:
             self._write()
         if status != "interrupted":
             unfinished_path(self.path).unlink(missing_ok=True)
-        if not self.kept or not self.kept.exists():
+        if not self.kept or not self.kept.exists() or self.kept.is_symlink():
             return False
         places = {self.kept: self.path.with_suffix(self.kept.suffix), history_path(self.kept): history_path(self.path)}
         copies = {copy: place for copy, place in places.items() if copy.exists()}
@@ -269,8 +269,20 @@ class Record:
     def _is_own(self) -> bool:
         """Say whether the checkpoint at the path is of this run, or of one that is the same to the bit."""
         with contextlib.suppress(UserError, OSError):
-            return _is_of(checkpoint.load(self.path)[1], self.history)
+            other = history_of(self.path)
+            return _is_of(checkpoint.load(self.path)[1], self.history) and (not other or _agree(other, self.history))
         return False
+
+
+def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Say whether two histories agree in what the last bits depend on, and in the figures of epochs that both have."""
+    rows = [[_figures(row) for row in history["epochs"]] for history in (one, other)]
+    same = all(a == b for a, b in zip(*rows, strict=False))
+    return same and all(one.get(key) == other.get(key) for key in ENVIRONMENT.keys() - {"git"})
+
+
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("seconds", "images_per_second")}
 
 
 def _best(rows: list[dict[str, Any]]) -> int | None:
@@ -425,15 +437,17 @@ def keep_aside(path: str | Path) -> Path | None:
         return None
     for digits in (_digest(contents[0])[:8], _digest(b"".join(contents))[:16]):
         kept = [old.with_suffix(f".{digits}{old.suffix}") for old in present]
-        free = [not os.path.lexists(new) for new in kept]
-        if all(
-            each or read_bytes(new, LARGEST) == content for each, new, content in zip(free, kept, contents, strict=True)
-        ):
+        if all(_can_hold(new, content) for new, content in zip(kept, contents, strict=True)):
             for new, content in zip(kept, contents, strict=True):
                 if not os.path.lexists(new):
                     write_atomically(new, content)
             return kept[0]
     raise RunError(f"{cli.shown(path)} cannot be kept as {cli.shown(kept[0])}, where another file is: move that away")
+
+
+def _can_hold(path: Path, content: bytes) -> bool:
+    """Say whether a path is free, or holds this content itself: a link may lead to what is about to be replaced."""
+    return not os.path.lexists(path) or (not path.is_symlink() and read_bytes(path, LARGEST) == content)
 
 
 def _digest(content: bytes) -> str:
