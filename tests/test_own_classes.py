@@ -208,7 +208,7 @@ def test_a_folder_that_does_not_fit_is_a_one_line_error(small, tmp_path):
     assert_one_line_error(folder_script(small, out), "'ant' is only in train")
     (small / "train" / "ant").rename(small / "train" / "anteater")
     (small / "train" / "anteater" / "1.png").write_text("broken")
-    assert_one_line_error(folder_script(small, out), "train/anteater/1.png: not a picture")
+    assert_one_line_error(folder_script(small, out), "train/anteater/1.png: a text file, not a picture")
     (small / "train" / "anteater" / "1.png").unlink()
     assert_one_line_error(folder_script(small, out), "train/anteater: there is no picture")
     for part in ("train", "test"):
