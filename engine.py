@@ -22,11 +22,12 @@ import metrics
 from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, share
 from optim import build_optimizers, rate, set_rates
 from recipes import Recipe
-from runtime import adopt, distributed
+from runtime import adopt, distributed, kernels, mlp_step
 from runtime.errors import UserError
 from runtime.schema import Number, problem
 
 EVALUATION_BATCH = 256  # as published
+MANY = 1_000  # images for which the fused kernels of an evaluation are worth their compilation
 VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1, -1))  # of test-time augmentation: the
 # image, and moved by a pixel towards two opposite corners, and these three mirrored, as in cifar10-airbench
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
@@ -139,12 +140,20 @@ class Training:
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
         self.optimizers = build_optimizers(model, recipe)
+        self.whole_step = self._find_whole_step()
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
         self._recent: list[tuple] = []  # what _step returned of steps not yet counted
         self.epoch = 1
         self._begin_epoch()
+
+    def _find_whole_step(self) -> mlp_step.Step | None:
+        """Return a function for a whole step, for a training that needs only what it computes."""
+        recipe, device = self.recipe, self.train.labels.device.type
+        usual = recipe.loss == "cross_entropy" and not (recipe.label_smoothing or recipe.prune or recipe.distillation)
+        alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
+        return mlp_step.find(self.model) if recipe.fused and usual and alone else None
 
     def _begin_epoch(self) -> None:
         self.step = 0
@@ -265,17 +274,29 @@ class Training:
         reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
         reseed(seed)
         labels = self.train.labels.index_select(0, index)
-        images = normalise(augment(images, recipe.augment, batch, share(batch, rank, world)), self.precision)
+        images = augment(images, recipe.augment, batch, share(batch, rank, world))
         if rank:
             reseed(own_seed)  # other images, other dropout
         done = (self.epoch - 1) * self.steps + self.step
         set_rates(self.optimizers, rate(recipe, done, recipe.epochs * self.steps))
+        if self.whole_step:
+            return *self._step_whole(images, labels), labels, index, None
+        images = normalise(images, self.precision)
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
         loss, losses = self._loss(logits, labels, index, batch)
         self._update(loss)
         return loss.detach(), batch / world, logits.detach(), labels, index, losses
+
+    def _step_whole(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Train on a batch by self.whole_step. Returns the loss, the number of images it is a mean of, and logits."""
+        assert self.whole_step
+        adam = self.optimizers[0] if self.recipe.optimizer == "adam" else None
+        loss, logits = self.whole_step(images, labels, adam)
+        for optimizer in () if adam else self.optimizers:
+            optimizer.step()
+        return loss, len(labels), logits
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, batch: int
@@ -442,12 +463,14 @@ def predict_logits(
     model.eval()
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
-    for number, (images, _) in enumerate(batches(split, batch_size)):
-        if world == 1 and stop is not None and stop():
-            raise Stopped
-        if number % world == rank:
-            start = number * batch_size
-            logits[start : start + batch_size] = model(normalise(images))
+    many = logits.device.type == "cpu" and len(logits) >= MANY
+    with kernels.lent(model) if many else contextlib.nullcontext():
+        for number, (images, _) in enumerate(batches(split, batch_size)):
+            if world == 1 and stop is not None and stop():
+                raise Stopped
+            if number % world == rank:
+                start = number * batch_size
+                logits[start : start + batch_size] = model(normalise(images))
     return distributed.sum_tensor(logits).cpu()
 
 

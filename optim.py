@@ -22,6 +22,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c, tuned by Jordan for the st
 NEWTON_SCHULZ_STEPS = 3  # enough here, as in cifar10-airbench; Jordan takes 5
 WITHOUT_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")  # of oneDNN
 NORM_EPS = 1e-14  # of a gradient that is zero
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 
 
 def multiplies_bfloat16(capabilities: Mapping[str, Any], environment: Mapping[str, str], onednn: bool) -> bool:
@@ -70,14 +71,7 @@ class FusedAdam(Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:  # all are frozen or unused in this step
             return
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in parameters]
+        states = self.states(parameters)
         adam(
             parameters,
             [parameter.grad for parameter in parameters],
@@ -87,13 +81,36 @@ class FusedAdam(Optimizer):
             [state["step"] for state in states],
             fused=True,
             lr=group["lr"],
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
             weight_decay=0.0,
             amsgrad=False,
             maximize=False,
         )
+
+    def states(self, parameters: Iterable[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Return the state of each of these parameters; it begins with zeros."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return [self.state[parameter] for parameter in parameters]
+
+    @torch.no_grad()
+    def advance(self) -> tuple[float, ...]:
+        """Count a step that a kernel takes for all parameters, and return what it needs.
+
+        With beta1, beta2 and lr at step t: lr / (1 - beta1^t), (1 - beta2^t)^(-1/2), 1 - beta1, 1 - beta2, epsilon.
+        """
+        (group,) = self.param_groups
+        steps = [state["step"] for state in self.states(group["params"])]
+        torch._foreach_add_(steps, 1)
+        t, (beta1, beta2) = steps[0].item(), BETAS
+        return group["lr"] / (1 - beta1**t), (1 - beta2**t) ** -0.5, 1 - beta1, 1 - beta2, EPS
 
 
 class Muon(Optimizer):

@@ -4,15 +4,12 @@
    channels a multiple of 32; they are bfloat16, or float where FLOAT is defined. The vectors are those of GCC and
    Clang, so any processor will do. NaN is passed on by the pooling, as PyTorch does; the convolution refuses it. */
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
 #define SIZE 28 /* rows and columns of an image */
 #define POOLED (SIZE / 2)
 #define ROW (SIZE + 4) /* floats from one row of the padded image to the next */
 #define DEAD 4         /* where ReLU gave 0: no pixel of the window gets the gradient */
-#define VECTOR(type, lanes) type __attribute__((vector_size(sizeof(type) * (lanes)), aligned(sizeof(type)), may_alias))
 
 typedef VECTOR(float, 16) floats;
 typedef VECTOR(int32_t, 16) ints;
@@ -43,19 +40,10 @@ static inline void store(element *to, floats x) {
 typedef VECTOR(element, LANES) elements;
 typedef VECTOR(uint8_t, LANES) places;
 
-#define CHOOSE(mask, yes, no) (((mask) & (yes)) | (~(mask) & (no)))
-
 /* An image with a border of one zero pixel. */
 static inline void pad(float padded[SIZE + 2][ROW], const float *image) {
     memset(padded, 0, sizeof(float) * (SIZE + 2) * ROW);
     for (int row = 0; row < SIZE; row++) memcpy(&padded[row + 1][1], image + row * SIZE, sizeof(float) * SIZE);
-}
-
-/* Whether all these numbers are so small that no sum of ten products of two overflows. NaN is not. */
-static inline int small(const float *x, int n) {
-    int all = 1;
-    for (int i = 0; i < n; i++) all &= __builtin_fabsf(x[i]) < 1e18f;
-    return all;
 }
 
 /* images (n, SIZE, SIZE), weight (9, channels), bias (channels)

@@ -1,6 +1,8 @@
 """runtime/kernels.py: the fused operations are PyTorch's, for the model that gets them, and training can do without."""
 
+import contextlib
 import copy
+import json
 import os
 import shutil
 import stat
@@ -17,7 +19,9 @@ from torch.nn.utils import parametrizations, prune
 import data
 import engine
 import models
-from runtime import kernels
+import recipes
+from runtime import kernels, mlp_step
+from runtime.errors import UserError
 
 
 def autocast(dtype):
@@ -107,6 +111,181 @@ def test_the_first_block_loses_no_nan_and_no_infinity(dtype):
     assert torch.equal(output.isnan(), expected.isnan())
 
 
+# --- the second convolution ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "outputs", "bias"), [(1, 32, True), (33, 64, True), (130, 96, False)])
+def test_the_second_block_and_its_gradients_are_pytorchs_but_for_rounding(n, outputs, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, outputs, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
+    results = []
+    for function in (kernels.fused_conv_relu_pool, models.conv_relu_pool):
+        torch.manual_seed(1)
+        x = torch.randn(n, 32, 14, 14).relu().contiguous(memory_format=torch.channels_last).requires_grad_()
+        conv.zero_grad()
+        output = function(conv, x)
+        (output * torch.randn(output.shape)).sum().backward()
+        results.append([output.detach(), x.grad, *(parameter.grad.clone() for parameter in conv.parameters())])
+        with torch.inference_mode():
+            torch.testing.assert_close(function(conv, x), results[-1][0])
+        names = type(output.grad_fn).__name__
+        assert (names == "_SecondConvReluPoolBackward") == (function is kernels.fused_conv_relu_pool)
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_the_second_block_leaves_unusual_numbers_to_pytorch(value):
+    conv, x = nn.Conv2d(32, 32, 3, padding=1), torch.rand(2, 32, 14, 14)
+    x[1, 3, 5, 5] = value
+    assert torch.equal(*(f(conv, x).isnan() for f in (kernels.fused_conv_relu_pool, models.conv_relu_pool)))
+    torch.testing.assert_close(
+        *(f(conv, x) for f in (kernels.fused_conv_relu_pool, models.conv_relu_pool)), equal_nan=True
+    )
+    with torch.no_grad():
+        conv.weight[4, 2, 1, 1] = value
+    ours, theirs = (f(conv, torch.rand(2, 32, 14, 14)) for f in (kernels.fused_conv_relu_pool, models.conv_relu_pool))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def on_threads(function, numbers=(1, 2, 3)):
+    """What a function returns with these numbers of threads."""
+    before, results = torch.get_num_threads(), []
+    for number in numbers:
+        torch.set_num_threads(number)
+        results.append(function())
+    torch.set_num_threads(before)
+    return results
+
+
+def test_the_second_block_gives_the_same_bits_on_any_number_of_threads():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(32, 64, 3, padding=1), torch.randn(37, 32, 14, 14)
+
+    def gradient():
+        conv.zero_grad()
+        kernels.fused_conv_relu_pool(conv, x).square().sum().backward()
+        return conv.weight.grad.clone()
+
+    first, *others = on_threads(gradient)
+    assert all(torch.equal(first, other) for other in others)
+
+
+# --- a whole step of the MLP -----------------------------------------------------------------------------
+
+
+def trained(sample, recipe, model=None, epochs=1):
+    """A training of the MLP, run to its end, and its first row."""
+    torch.manual_seed(3)
+    model = model or models.build("mlp")
+    training = engine.Training(model, sample["train"], None, recipe._replace(epochs=epochs), seed=0)
+    return training, next(iter(training.run()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch"), [("published", 128), ("published", 100), ("published", 300), ("fast", 1024), ("fast", 77)]
+)
+def test_whole_steps_train_as_pytorchs_do_but_for_rounding(recipe, batch, sample):
+    recipe = recipes.find(recipe, "mlp")._replace(batch_size=batch, precision="float32")
+    (ours, row), (theirs, expected) = (trained(sample, recipe._replace(fused=fused)) for fused in (True, False))
+    assert ours.whole_step
+    assert not theirs.whole_step
+    assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm()
+    states = (training.state_dict()["optimizers"] for training in (ours, theirs))
+    for a, b in zip(*states, strict=True):
+        assert {key: list(value) for key, value in a.items()} == {key: list(value) for key, value in b.items()}
+        assert all(torch.equal(value["step"], b[key]["step"]) for key, value in a.items() if "step" in value)
+
+
+@pytest.mark.parametrize("recipe", ["published", "fast"])
+def test_whole_steps_give_the_same_bits_on_any_number_of_threads(recipe, sample):
+    recipe = recipes.find(recipe, "mlp")._replace(batch_size=150, precision="float32", optimizer="adam", muon_lr=0.0)
+    results = on_threads(lambda: [p.detach() for p in trained(sample, recipe)[0].model.parameters()], (1, 2, 3, 9))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+class Wide(models.MLP):
+    def __init__(self, hidden=256, bias=True):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(784, hidden, bias=bias), nn.Linear(hidden, 10)
+
+
+class Scaled(models.MLP):
+    def forward(self, images):
+        return super().forward(images) * 2
+
+
+class Unlike(models.MLP):
+    def forward(self, images):
+        return (
+            self.fc2(F.relu(self.fc1(images.flatten(1)))) if images.sum() > 0 else self.fc2(images.flatten(1)[:, :128])
+        )
+
+
+class Twice(models.MLP):
+    def forward(self, images):
+        hidden = self.fc1(images.flatten(1))
+        return self.fc2(F.relu(hidden) + hidden)
+
+
+class Smooth(models.MLP):
+    def forward(self, images):
+        return self.fc2(F.gelu(self.fc1(images.flatten(1))))
+
+
+def changed(function):
+    model = models.MLP()
+    function(model)
+    return model
+
+
+OTHER_NETWORKS = {
+    "hidden units that fill no vector": lambda: Wide(100),
+    "no bias": lambda: Wide(128, bias=False),
+    "scaled": Scaled,
+    "a forward that looks at values": Unlike,
+    "a shortcut": Twice,
+    "another activation": Smooth,
+    "a hook": lambda: changed(lambda model: model.fc1.register_forward_hook(lambda *_: None)),
+    "a hook of the model": lambda: changed(lambda model: model.register_forward_pre_hook(lambda *_: None)),
+    "a frozen layer": lambda: changed(lambda model: model.fc1.requires_grad_(False)),
+    "a buffer": lambda: changed(lambda model: model.register_buffer("mean", torch.zeros(1))),
+    "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.Dropout(), nn.ReLU(), nn.Linear(128, 10)),
+    "float64": lambda: models.MLP().double(),
+    "the CNN": lambda: models.build("cnn"),
+}
+
+
+def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
+    assert mlp_step.find(models.MLP())
+    for name, build in OTHER_NETWORKS.items():
+        assert mlp_step.find(build()) is None, name
+    recipe = recipes.find("published", "mlp")
+    ours, _ = trained(sample, recipe, Wide())
+    assert ours.whole_step
+    for change in ({"label_smoothing": 0.1}, {"prune": 0.5}, {"loss": "focal"}, {"fused": False}):
+        with contextlib.suppress(UserError):
+            assert not engine.Training(
+                models.MLP(), sample["train"], None, recipe._replace(**change), seed=0
+            ).whole_step
+
+
+def test_a_run_by_whole_steps_resumes_to_the_same_bits(sample):
+    recipe = recipes.find("published", "mlp")._replace(epochs=2)
+    whole, _ = trained(sample, recipe, epochs=2)
+    list(whole.run())
+    cut, _ = trained(sample, recipe, epochs=2)
+    state = copy.deepcopy(cut.state_dict())
+    resumed = engine.Training(models.build("mlp"), sample["train"], None, recipe, seed=0)
+    resumed.load_state_dict(state)
+    list(resumed.run())
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # --- what is fused, and what is left to PyTorch ------------------------------------------------------------
 
 
@@ -174,7 +353,7 @@ def test_a_layer_trains_as_pytorch_computes_it(name):
     torch.manual_seed(0)
     conv = (FUSED | LEFT)[name]()
     x = torch.randn(6, 1, 28, 28)
-    assert kernels._is_plain(conv) == (name in FUSED)
+    assert kernels._is_plain(conv, 1) == (name in FUSED)
     results = [outcome(function, conv, x) for function in (kernels.fused_conv_relu_pool, models.conv_relu_pool)]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
@@ -258,8 +437,24 @@ def test_a_model_with_kernels_evaluates_as_the_plain_one_and_has_its_weights(sam
     plain = models.build("cnn")
     given = copy.deepcopy(plain)
     kernels.give(given, fused=True)
-    assert torch.equal(engine.predict_logits(given, sample["val"]), engine.predict_logits(plain, sample["val"]))
+    ours, theirs = (engine.predict_logits(model, sample["val"]) for model in (given, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
     assert given.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_large_evaluation_borrows_the_kernels_and_returns_them(sample, monkeypatch):
+    model = models.build("cnn")
+    few = engine.predict_logits(model, sample["val"])
+    monkeypatch.setattr(engine, "MANY", 1)
+    many = engine.predict_logits(model, sample["val"])
+    assert not torch.equal(few, many)  # they differ by rounding
+    torch.testing.assert_close(few, many, atol=1e-5, rtol=1e-5)
+    assert model.conv_relu_pool is models.conv_relu_pool
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    kernels._try.cache_clear()
+    assert torch.equal(engine.predict_logits(model, sample["val"]), few)  # without a compiler
+    kernels._try.cache_clear()
 
 
 def test_tensors_that_pytorch_negates_later_and_gradients_by_functions_are_as_without_kernels(sample):
@@ -291,20 +486,18 @@ def test_a_model_with_kernels_that_is_recorded_computes_what_the_plain_one_does(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty folder in the place of .cache/kernels, for kernels of one dtype."""
+    """An empty folder in the place of .cache/kernels."""
     monkeypatch.setattr(kernels, "CACHE", tmp_path / "kernels")
-    monkeypatch.setattr(kernels, "DTYPES", {torch.float32: ["-DFLOAT"]})
     monkeypatch.setattr(kernels, "FLAGS", ["-O0", *kernels.FLAGS[1:]])  # compiled in less time
-    kernels.compiled.cache_clear()
+    kernels._try.cache_clear()
     yield tmp_path / "kernels"
-    kernels.compiled.cache_clear()
+    kernels._try.cache_clear()
 
 
 def compile_again():
-    """As another process would; returns the libraries in the cache, and whether all of them can be used."""
-    kernels.compiled.cache_clear()
-    (library,) = kernels.compiled().values()
-    assert library.conv_pool_relu
+    """As another process would; returns the libraries in the cache, after a look whether this one can be used."""
+    kernels._try.cache_clear()
+    assert kernels.library("float32").conv_pool_relu
     return sorted(kernels.CACHE.iterdir())
 
 
@@ -393,8 +586,9 @@ def test_a_compiler_that_hangs_or_writes_nonsense_is_named(cache, tmp_path, monk
     }
     for command, reason in cases.items():
         monkeypatch.setenv("CC", command)
+        kernels._try.cache_clear()
         with pytest.raises(kernels.KernelError, match=reason):
-            kernels.compiled()
+            kernels.library("float32")
         assert list(cache.glob("*")) == []
 
 
@@ -402,27 +596,28 @@ def test_a_compiler_that_hangs_or_writes_nonsense_is_named(cache, tmp_path, monk
 
 COMPILERS = [
     ("/nowhere/cc", "the C compiler of the variable CC, /nowhere/cc, was not found"),
-    ("false", "false could not compile kernels.c: no message"),
+    ("false", "false could not compile SOURCE.c: no message"),
 ]
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize(("compiler", "reason"), COMPILERS)
-def test_without_a_compiler_training_continues_and_says_so(compiler, reason, tmp_path, monkeypatch):
+def test_without_a_compiler_training_continues_and_says_so(compiler, reason, name, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", compiler)
-    kernels.compiled.cache_clear()
+    kernels._try.cache_clear()
     model = models.build("cnn")
-    with pytest.raises(kernels.KernelError, match=reason):
+    with pytest.raises(kernels.KernelError, match=reason.replace("SOURCE", "kernels")):
         kernels.give(model, fused=True)
     assert model.conv_relu_pool is models.conv_relu_pool
-    kernels.compiled.cache_clear()
+    kernels._try.cache_clear()
     finished = run_script(
-        "train.py", "--model", "cnn", "--recipe", "fast", "--epochs", "1", "--data-dir", SAMPLE,
+        "train.py", "--model", name, "--recipe", "fast", "--epochs", "1", "--data-dir", SAMPLE,
         "--checkpoint-dir", tmp_path, before=partial(use_compiler, compiler),
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    assert reason in finished.stderr
+    assert reason.replace("SOURCE", {"mlp": "mlp_step", "cnn": "kernels"}[name]) in finished.stderr
     assert "with PyTorch's own operations, more slowly" in finished.stderr
-    assert (tmp_path / "best_cnn_fmnist.pt").exists()
+    assert json.loads((tmp_path / f"best_{name}_fmnist.json").read_text())["kernels"] == "PyTorch"
 
 
 def use_compiler(name):

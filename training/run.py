@@ -27,7 +27,7 @@ import engine
 import metrics
 import models
 import recipes
-from runtime import cli, device, distributed, kernels
+from runtime import cli, device, distributed, kernels, mlp_step
 from runtime.errors import UserError, one_line
 from runtime.schema import problem
 from training import distill, record, trial
@@ -240,6 +240,7 @@ class Run:
         torch.manual_seed(*data.derive_seeds(seed))
         self.model = models.build(self.request.model).to(self.device)
         fused = self.device.type == "cpu" and _give_kernels(self.model, self.recipe.fused)
+        self.recipe = self.recipe._replace(fused=fused)
         teacher = distill.answers(flags["teachers"], self.train, precision) if flags["teachers"] else None
         self.training = engine.Training(
             self.model, self.train, self.select, self.recipe, seed=seed, precision=precision, teacher=teacher
@@ -399,6 +400,8 @@ def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
     """Give the model the faster operations of runtime/kernels.py. Returns whether they are the fused ones."""
     try:
         kernels.give(model, fused)
+        if fused:
+            mlp_step.find(model)
     except kernels.KernelError as error:
         print(f"train.py: {error}; training continues with PyTorch's own operations, more slowly", file=sys.stderr)
         kernels.give(model, fused=False)

@@ -1,0 +1,148 @@
+/* The second convolution of the CNN with max-pooling and ReLU, in float32: images of 14x14 pixels with 32 channels.
+
+   Compiled by kernels.py, which says what each function computes, and calls it. Pixels lie in rows, channels last.
+   Max-pooling passes the gradient to one pixel in four, and ReLU stops it where the window gives 0. So most products
+   of a convolution's backward pass are with zeros: backward() lists the others, and computes only them. */
+
+#include "vectors.h"
+
+#define SIDE 14
+#define HALF (SIDE / 2)
+#define POOLED (HALF * HALF)
+#define INPUTS 32
+#define ROW ((SIDE + 2) * INPUTS)    /* floats in a row of the padded image */
+#define PADDED (ROW * (SIDE + 2))    /* and in the whole */
+#define IMAGE (SIDE * SIDE * INPUTS) /* and without its border */
+#define PARTS (INPUTS / WIDE)
+#define DEAD 4                          /* where ReLU gave 0: no pixel of the window gets the gradient */
+#define WINDOWS (WIDE == 16 ? HALF : 3) /* side by side, as many as the registers hold */
+
+/* An image with a border of one zero pixel. */
+static void pad(float *padded, const float *image) {
+    memset(padded, 0, sizeof(float) * PADDED);
+    for (int y = 0; y < SIDE; y++)
+        memcpy(padded + (y + 1) * ROW + INPUTS, image + y * SIDE * INPUTS, sizeof(float) * SIDE * INPUTS);
+}
+
+/* `many` windows side by side from x on, for WIDE outputs. place may be missing. */
+INLINE void windows(const float *x, const float *weight, wide bias, float *output, uint8_t *place, int outputs,
+                    int many) {
+    wide sum[4 * WINDOWS]; /* the windows' upper pixels, then the lower ones */
+    UNROLL for (int p = 0; p < 4 * many; p++) sum[p] = bias;
+    for (int tap = 0; tap < 9; tap++) {
+        const float *pixels = x + tap / 3 * ROW + tap % 3 * INPUTS;
+        for (int c = 0; c < INPUTS; c++, weight += outputs) {
+            wide w = at(weight);
+            UNROLL for (int p = 0; p < 4 * many; p++)
+                sum[p] += pixels[p / (2 * many) * ROW + p % (2 * many) * INPUTS + c] * w;
+        }
+    }
+    UNROLL for (int i = 0; i < many; i++) {
+        wide maximum = {0};
+        wide_ints number = (wide_ints){0} + DEAD;
+        UNROLL for (int p = 0; p < 4; p++) {
+            wide value = sum[p / 2 * 2 * many + 2 * i + p % 2];
+            wide_ints larger = value > maximum;
+            maximum = (wide)CHOOSE(larger, (wide_ints)value, (wide_ints)maximum);
+            number = CHOOSE(larger, (wide_ints){0} + p, number);
+        }
+        put(output + i * outputs, maximum);
+        if (place) *(wide_bytes *)(place + i * outputs) = __builtin_convertvector(number, wide_bytes);
+    }
+}
+
+/* images (n, SIDE, SIDE, INPUTS), weight (9, INPUTS, outputs), bias (outputs)
+   -> output and, unless it is missing, place (n, HALF, HALF, outputs).
+   Returns 0 where a number is not small. The output is then worth nothing: a window could lose its NaN. */
+int forward(const float *images, const float *weight, const float *bias, float *output, uint8_t *place, int n,
+            int outputs, int threads) {
+    int usual = small(weight, 9 * INPUTS * outputs) && small(bias, outputs);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) reduction(&& : usual)
+    for (int i = 0; i < n; i++) {
+        float padded[PADDED];
+        pad(padded, images + (size_t)i * IMAGE);
+        if (!small(images + (size_t)i * IMAGE, IMAGE)) usual = 0;
+        for (int y = 0; y < HALF; y++)
+            for (int o = 0; o < outputs; o += WIDE)
+                for (int x = 0, many; x < HALF; x += many) {
+                    size_t here = (((size_t)i * HALF + y) * HALF + x) * outputs + o;
+                    const float *corner = padded + 2 * y * ROW + 2 * x * INPUTS;
+                    uint8_t *to = place ? place + here : 0;
+                    many = x + WINDOWS <= HALF ? WINDOWS : 1;
+                    if (many == WINDOWS)
+                        windows(corner, weight + o, at(bias + o), output + here, to, outputs, WINDOWS);
+                    else
+                        windows(corner, weight + o, at(bias + o), output + here, to, outputs, 1);
+                }
+    }
+    return usual;
+}
+
+/* Gradient and place of an image's windows -> for each output a list of the pixels that get a gradient: where they
+   are in a padded image, and how much they get; how many they are; and the gradient of the bias is added up. */
+static void list(const float *gradient, const uint8_t *place, float *value, int *pixel, int *count, float *bias,
+                 int outputs) {
+    memset(count, 0, sizeof(int) * outputs);
+    for (int window = 0; window < POOLED; window++, gradient += outputs, place += outputs) {
+        int corner = 2 * (window / HALF) * ROW + 2 * (window % HALF) * INPUTS;
+        const int pixels[DEAD + 1] = {corner, corner + INPUTS, corner + ROW, corner + ROW + INPUTS, 0};
+        for (int o = 0; o < outputs; o++) {
+            int next = o * POOLED + count[o], alive = place[o] != DEAD; /* a later pixel takes the place of a dead one */
+            value[next] = gradient[o], pixel[next] = pixels[place[o]];
+            count[o] += alive, bias[o] += alive ? gradient[o] : 0;
+        }
+    }
+}
+
+/* Add the listed pixels of one output to its gradient (9, INPUTS). */
+static void add_to_weight(float *sum, const float *padded, const float *value, const int *pixel, int count) {
+    wide sums[9][PARTS];
+    UNROLL for (int i = 0; i < 9 * PARTS; i++) sums[i / PARTS][i % PARTS] = at(sum + i * WIDE);
+    for (int e = 0; e < count; e++) {
+        const float *x = padded + pixel[e];
+        UNROLL for (int tap = 0; tap < 9; tap++)
+            UNROLL for (int part = 0; part < PARTS; part++)
+                sums[tap][part] += value[e] * at(x + tap / 3 * ROW + tap % 3 * INPUTS + part * WIDE);
+    }
+    UNROLL for (int i = 0; i < 9 * PARTS; i++) put(sum + i * WIDE, sums[i / PARTS][i % PARTS]);
+}
+
+/* Add what the listed pixels of one output, of this weight (9, INPUTS), give to the gradient of the padded image. */
+static void add_to_image(float *padded, const float *weight, const float *value, const int *pixel, int count) {
+    wide w[9][PARTS];
+    UNROLL for (int i = 0; i < 9 * PARTS; i++) w[i / PARTS][i % PARTS] = at(weight + i * WIDE);
+    for (int e = 0; e < count; e++) {
+        float *x = padded + pixel[e];
+        UNROLL for (int tap = 0; tap < 9; tap++)
+            UNROLL for (int part = 0; part < PARTS; part++) {
+                float *to = x + tap / 3 * ROW + tap % 3 * INPUTS + part * WIDE;
+                put(to, at(to) + value[e] * w[tap][part]);
+            }
+    }
+}
+
+/* images, weight (outputs, 9, INPUTS), gradient and place of the output -> gradient of the images; and, as sums of
+   each share of the images, of the weight (shares, outputs, 9, INPUTS) and of the bias (shares, outputs), which begin
+   at 0. The shares do not depend on the threads, and so no bit does. */
+void backward(const float *images, const float *weight, const float *gradient, const uint8_t *place, float *result,
+              float *weights, float *biases, int n, int outputs, int shares, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int share = 0; share < shares; share++) {
+        float padded[PADDED], value[outputs * POOLED];
+        int pixel[outputs * POOLED], count[outputs];
+        float *sum = weights + (size_t)share * outputs * 9 * INPUTS;
+        for (int i = (int)((int64_t)n * share / shares); i < (int64_t)n * (share + 1) / shares; i++) {
+            size_t here = (size_t)i * POOLED * outputs;
+            list(gradient + here, place + here, value, pixel, count, biases + (size_t)share * outputs, outputs);
+            pad(padded, images + (size_t)i * IMAGE);
+            for (int o = 0; o < outputs; o++)
+                add_to_weight(sum + o * 9 * INPUTS, padded, value + o * POOLED, pixel + o * POOLED, count[o]);
+            memset(padded, 0, sizeof padded);
+            for (int o = 0; o < outputs; o++)
+                add_to_image(padded, weight + o * 9 * INPUTS, value + o * POOLED, pixel + o * POOLED, count[o]);
+            for (int y = 0; y < SIDE; y++)
+                memcpy(result + (size_t)i * IMAGE + y * SIDE * INPUTS, padded + (y + 1) * ROW + INPUTS,
+                       sizeof(float) * SIDE * INPUTS);
+        }
+    }
+}

@@ -1,0 +1,114 @@
+"""A whole training step of a network with one hidden layer, in one compiled function: runtime/mlp_step.c.
+
+step = mlp_step.find(model)                      # None, where the network is another
+if step:
+    loss, logits = step(images, labels, adam)    # without Adam, the gradients are left in parameter.grad
+
+A step of the MLP is so short that PyTorch's way through a dozen operations takes most of it, and the more, the busier
+the machine: after each, the threads wait for one another. The results differ from PyTorch's by rounding. They do not
+depend on the number of threads.
+"""
+
+import ctypes
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from optim import FusedAdam
+from runtime import kernels
+
+LANES = 16  # as in mlp_step.c: hidden units come in multiples of it
+INPUTS, CLASSES = 28 * 28, 10
+CHAIN = (  # the operations of models.MLP, each on the result of the one before
+    ("placeholder", None),
+    ("call_method", "flatten"),
+    ("call_module", nn.Linear),
+    ("call_function", F.relu),
+    ("call_module", nn.Linear),
+    ("output", "output"),
+)
+
+
+class Step:
+    """The step of one model: call it with images uint8 (n, 28, 28) and labels int64 (n,).
+
+    It returns the mean loss in nats, float32 (), and the logits, float32 (n, classes).
+    """
+
+    def __init__(self, first: nn.Linear, second: nn.Linear):
+        self.parameters = [first.weight, first.bias, second.weight, second.bias]
+        self.sizes = first.in_features, first.out_features, second.out_features
+        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
+        self.library = kernels.library("mlp_step")
+        self.library.room.restype = ctypes.c_size_t
+        self.room = torch.empty(0)
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, adam: FusedAdam | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradients of a batch, and take Adam's step if it is given."""
+        n, threads = len(images), torch.get_num_threads()
+        room = self.library.room(*self.sizes[:2], threads)
+        if len(self.room) < room:
+            self.room = torch.empty(room)
+        images, labels = images.contiguous(), labels.contiguous()
+        loss, logits = torch.empty(()), torch.empty(n, self.sizes[2])
+        states = self._states(adam)
+        tensors = [each for four in zip(self.parameters, *states, self.gradients, strict=True) for each in four]
+        self.library.mlp_step(
+            *map(_pointer, (images, labels)),
+            (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors]),
+            (ctypes.c_float * 5)(*adam.advance()) if adam else None,
+            *map(_pointer, (self.room, loss, logits)),
+            *(n, *self.sizes, threads),
+        )
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = None if adam else gradient
+        return loss, logits
+
+    def _states(self, adam: FusedAdam | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return Adam's means and squares of the gradients; without Adam anything, which is not used."""
+        if not adam:
+            return self.gradients, self.gradients
+        states = adam.states(self.parameters)
+        return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def find(model: nn.Module) -> Step | None:
+    """Return the step for a model on the CPU that computes what models.MLP does, in any sizes; None for any other.
+
+    Raises KernelError where the step cannot be compiled.
+    """
+    parameters = list(model.parameters())
+    hidden = len(parameters[0]) if parameters else 0
+    shapes = [(hidden, INPUTS), (hidden,), (CLASSES, hidden), (CLASSES,)]
+    fits = len(parameters) == len(shapes) and hidden % LANES == 0 and not any(True for _ in model.buffers())
+    if not fits or not all(map(kernels.is_weight, parameters, shapes)) or not all(p.requires_grad for p in parameters):
+        return None
+    layers = None if any(map(kernels.is_hooked, model.modules())) else _layers(model)
+    return Step(*layers) if layers else None
+
+
+def _layers(model: nn.Module) -> list[nn.Linear] | None:
+    """Return the two layers where a model's operations, as torch.fx records them, are those of CHAIN."""
+    from torch import fx
+
+    try:
+        nodes = list(fx.symbolic_trace(model).graph.nodes)
+        modules = [model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
+    except Exception:  # a forward that cannot be recorded is another one
+        return None
+    if len(nodes) != len(CHAIN) or [type(module) for module in modules] != [nn.Linear, nn.Linear]:
+        return None
+    arguments = [(), *((node,) for node in nodes[:-1])]
+    arguments[1] += (1,)  # flatten from this dimension on
+    for node, (kind, target), expected in zip(nodes, CHAIN, arguments, strict=True):
+        same = node.op == kind and (kind in ("placeholder", "call_module") or node.target == target)
+        if not same or node.args != expected or {**node.kwargs} not in ({}, {"inplace": False}):
+            return None
+    return modules
