@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, draw the figure and write the numbers. Returns the exit code."""
     args = parse_args(argv)
     files.check_folder(args.figures_dir)
-    from analysis import plots
+    with cli.loading():
+        from analysis import plots
 
     rows = collect(*args.folders)
     args.figures_dir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def collect(*folders: Path) -> list[dict[str, Any]]:
     """Return a row for each way of training with finished runs in the folders: see analysis/runs.py."""
-    from analysis import runs  # PyTorch takes a second to import
+    with cli.loading():  # PyTorch takes a second to import
+        from analysis import runs
 
     return runs.collect(folders)
 

@@ -106,10 +106,11 @@ def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]
 
     Raises UserError unless all have the same classes.
     """
-    import checkpoint
-    import data
-    from analysis.classify import Candidate, temperature_of
-    from runtime.device import pick_device
+    with cli.loading():
+        import checkpoint
+        import data
+        from analysis.classify import Candidate, temperature_of
+        from runtime.device import pick_device
 
     device = pick_device(args.device)
     candidates, infos = [], []
@@ -133,7 +134,8 @@ def show(args: argparse.Namespace, base: Path, listening: socket.socket, passwor
     local = is_local(listening)
     with serve.uploads(base) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(uploads)
-        from analysis import page  # imports gradio, which takes seconds, so after everything that can be wrong
+        with cli.loading():  # gradio takes seconds, so it comes after everything that can be wrong
+            from analysis import page
 
         built = page.layout(page.Explainer(candidates, train), test, local)
         with serve.running(page.app(built, uploads, serve.names(args.host, local), password), listening):

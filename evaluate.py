@@ -49,11 +49,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, compare and print. Returns the exit code."""
     args = parse_args(argv)
-    # Imported only now: --help should not wait for PyTorch.
-    import checkpoint
-    import data
-    from analysis import evaluation
-    from runtime import device, files
+    with cli.loading():  # only now: --help should not wait for PyTorch
+        import checkpoint
+        import data
+        from analysis import evaluation
+        from runtime import device, files
 
     if args.ensemble and len(args.checkpoints) < 2:
         raise UserError("--ensemble needs two checkpoints or more")

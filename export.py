@@ -41,9 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     files.check_file(output)
     if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
         raise UserError(f"this needs {', '.join(missing)}: {cli.install()}")
-    import checkpoint
-    import data
-    from analysis import onnx
+    with cli.loading():
+        import checkpoint
+        import data
+        from analysis import onnx
 
     ((model, info),) = checkpoint.load_all([args.checkpoint], checkpoint.Bare(args.model, args.mean, args.std))
     (test,) = data.load("test", data_dir=args.data_dir, other_data=args.other_data)

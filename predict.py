@@ -63,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         refuse_overwriting(args.show, names)
     worker.start()  # while PyTorch is loaded
-    from tqdm import tqdm
+    with cli.loading():
+        from tqdm import tqdm
 
-    import checkpoint
-    from analysis.classify import FORMS, classify, temperature_of
-    from runtime.device import pick_device
+        import checkpoint
+        from analysis.classify import FORMS, classify, temperature_of
+        from runtime.device import pick_device
 
     ((model, info),) = checkpoint.load_all([args.checkpoint], checkpoint.Bare(args.model, args.mean, args.std))
     model.to(pick_device(args.device))

@@ -108,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--tensorboard needs the package: {cli.install()}")
     if flags["tensorboard"]:
         files.check_folder(flags["tensorboard"])
-    # Imported only now: PyTorch takes seconds, and --help or a mistyped flag should not wait for it.
-    import data
-    from training import run
+    with cli.loading():  # only now: PyTorch takes seconds, and --help or a mistyped flag should not wait for it
+        import data
+        from training import run
 
     data.check_augmentations(recipes.RECIPES)
     return run.run(run.Request(**flags))

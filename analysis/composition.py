@@ -269,7 +269,8 @@ def label_issues(labels: np.ndarray, out_of_fold: np.ndarray) -> np.ndarray:
     Confident learning (Northcutt et al. 2021, arXiv:1911.00068) by cleanlab, pruned by noise rate. labels: int (n,);
     out_of_fold: float64 (n, 10), each row by a model that was not trained on the image.
     """
-    from cleanlab.filter import find_label_issues  # takes seconds to import
+    with cli.loading():  # cleanlab takes a second or two
+        from cleanlab.filter import find_label_issues
 
     return find_label_issues(labels, out_of_fold, return_indices_ranked_by="self_confidence", n_jobs=1)
 

@@ -44,7 +44,7 @@ def nearest(queries: torch.Tensor, references: torch.Tensor, k: int) -> tuple[to
     distances, indices = [], []
     for chunk in queries.split(CHUNK):
         squared = torch.addmm(squares, chunk, references.T, alpha=-2).add_((chunk**2).sum(1, keepdim=True))
-        found = squared.topk(min(k, len(references)), largest=False)
+        found = squared.min(1, keepdim=True) if k == 1 else squared.topk(min(k, len(references)), largest=False)
         distances.append(found.values.clamp_(min=0).sqrt_())
         indices.append(found.indices)
     return torch.cat(distances), torch.cat(indices)

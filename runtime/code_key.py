@@ -5,6 +5,7 @@ functions, constants, imports. Comments, docstrings, type hints of functions, an
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -30,6 +31,7 @@ def code_key(model: str) -> str | None:
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
+@functools.cache  # analyze_errors.py asks for 71 keys
 def reachable(source: str, start: str) -> str:
     """Write the statements of a file that define `start` and everything it uses, as JSON, in the file's order.
 

@@ -2,10 +2,10 @@
 
 # ruff: noqa: F401
 
+import cleanlab.filter
 import pytest
 import scipy.optimize
 import scipy.stats
-import sklearn.metrics
 
 import analysis.report
 import training.run

@@ -478,6 +478,18 @@ def test_help_does_not_wait_for_pytorch(script):
     assert finished.stdout.endswith("[]\n")
 
 
+def test_training_and_measuring_load_only_what_they_need():
+    code = (
+        "import gc, runpy, sys, training.run, analysis.classify\nsys.argv = ['evaluate.py', sys.argv[1]]\n"
+        "try: runpy.run_path('evaluate.py', run_name='__main__')\nexcept SystemExit: pass\n"
+        "print(sorted({'sklearn', 'scipy', 'pandas', 'matplotlib', 'PIL'} & set(sys.modules)))\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    )
+    words = [sys.executable, "-c", code, "checkpoints/best_mlp_fmnist.pt"]
+    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout.endswith("[]\nTrue True\n")
+
+
 def test_every_script_is_asked_for_its_help():
     assert {"train.py", "evaluate.py", "analyze_errors.py", "predict.py", "bench.py"} <= set(SCRIPTS)
 
