@@ -1,7 +1,7 @@
 /* A whole training step of a network with one hidden layer: ReLU, cross-entropy, gradients and Adam, in float32.
    Without Adam, it ends with the gradients.
 
-   Compiled by kernels.py; mlp_step.py calls it. Each thread computes the rows of its own hidden units, forward,
+   Compiled by kernels.py; mlp_step.py calls it. Each thread computes its share of the hidden units, forward,
    backward and Adam, so that their weights and moments stay in its cache. What is small, the answers of the second
    layer, every thread computes for itself. So the threads meet once within a step, and no sum depends on how many they
    are. A batch is worked off in parts that fit into the cache; with the last, a gradient goes from the registers into

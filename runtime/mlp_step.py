@@ -103,7 +103,8 @@ def _layers(model: nn.Module) -> list[nn.Linear] | None:
         modules = [model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
     except Exception:  # a forward that cannot be recorded is another one
         return None
-    if len(nodes) != len(CHAIN) or [type(module) for module in modules] != [nn.Linear, nn.Linear]:
+    layers = [module for module in modules if type(module) is nn.Linear]
+    if len(nodes) != len(CHAIN) or len(layers) != len(modules):
         return None
     arguments = [(), *((node,) for node in nodes[:-1])]
     arguments[1] += (1,)  # flatten from this dimension on
@@ -111,4 +112,4 @@ def _layers(model: nn.Module) -> list[nn.Linear] | None:
         same = node.op == kind and (kind in ("placeholder", "call_module") or node.target == target)
         if not same or node.args != expected or {**node.kwargs} not in ({}, {"inplace": False}):
             return None
-    return modules
+    return layers

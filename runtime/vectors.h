@@ -7,7 +7,11 @@
 #define VECTOR(type, lanes) type __attribute__((vector_size(sizeof(type) * (lanes)), aligned(sizeof(type)), may_alias))
 #define CHOOSE(mask, yes, no) (((mask) & (yes)) | (~(mask) & (no)))
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 #ifdef __AVX512F__
 #define WIDE 16 /* floats in a register, of which there are 32 */
 #else
