@@ -1,15 +1,15 @@
 """The measurements of bench.py: each program runs in its own process (peers.py), and the programs take turns.
 
 report = measure.Report()
-results = measure.run(common, quick=True, report=report)    # plain values, fit for JSON
+results = measure.run(common, picture, quick=True, report=report)    # plain values, fit for JSON
 
-Turns spread a slow minute of the machine over all programs. Times are medians.
+Turns spread a slow minute of the machine over all programs. Times are medians. neighbours.py measures what other busy
+processes cost a training.
 """
 
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
@@ -23,37 +23,40 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from PIL import Image
 
 import models
 import recipes
+from benchmarks import neighbours
+from benchmarks.worker import Worker
 from data import Split
 from dataset import sources
-from optim import NATIVE_BFLOAT16
 from runtime import cli, device, kernels
 
 TRAINING_IMAGES = 60_000
 TEST_IMAGES = 10_000
-GROWTH = (6_000, 12_000, 30_000, 60_000, 240_000)  # images of an epoch; the last is the set four times over
+GROWTH = (6_000, 60_000, 240_000)  # images of an epoch; the last is the set four times over
 MATRIX_SIZES = (1024, 2048, 4096)
+MATRIX_SECONDS = 1.5  # of each product
 MAX_EPOCHS = 25  # of the tutorial loop on its way to the target
 TUTORIAL_SEEDS = 3
-PACKAGES = ("torch", "torchvision", "scikit-learn", "keras", "jax")
+PACKAGES = ("torch", "torchvision", "scikit-learn", "lightning", "keras", "jax")
 
 # name in the table: options of peers.py
 PEERS: dict[str, dict[str, Any]] = {
     "tutorial loop": {"program": "tutorial", "workers": 0},
     "tutorial loop, 2 workers": {"program": "tutorial", "workers": 2},
+    "Lightning's Trainer": {"program": "lightning"},
+    "PyTorch loop in memory": {"program": "in memory"},
     "scikit-learn MLPClassifier": {"program": "scikit-learn"},
     "Keras 3 on JAX": {"program": "keras"},
+    "JAX, by hand": {"program": "jax"},
     "ours, published": {"program": "ours", "recipe": "published"},
     "ours, published in bfloat16": {"program": "ours", "recipe": "published", "precision": "bfloat16"},
     "ours, fast": {"program": "ours", "recipe": "fast"},
 }
-COMMANDS = {
-    "train.py --help": ["train.py", "--help"],
-    "evaluate.py": ["evaluate.py"],
-    "import torch": ["-c", "import torch"],
-}
+NEEDS = {"lightning": ["lightning"], "keras": ["keras", "jax"], "jax": ["jax"]}  # program: packages
+ON_A_GPU = ("tutorial", "lightning", "in memory", "ours")  # programs that take a device
 
 
 class Report:
@@ -67,84 +70,57 @@ class Report:
         print(f"{timedelta(seconds=round(time.perf_counter() - self.start))}  {text}", flush=True)
 
 
-class Worker:
-    """A process of peers.py. ask("epoch") and the like return its answer."""
-
-    def __init__(self, **options: Any) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process; a pipe would fill up
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers", json.dumps(options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=cli.ROOT,
-        )  # fmt: skip
-        assert self.process.stdin
-        assert self.process.stdout
-        self.words, self.answers = self.process.stdin, self.process.stdout
-        self._answer()
-
-    def ask(self, word: str) -> dict[str, float]:
-        """Have one thing done, a word of peers.py. Raises RuntimeError, with its messages, if the process has ended."""
-        self.words.write(word + "\n")
-        self.words.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        line = self.answers.readline()
-        if not line:
-            self.errors.seek(0)
-            raise RuntimeError(f"a worker of bench.py ended:\n{self.errors.read()}")
-        return json.loads(line)
-
-    def epoch_seconds(self) -> float:
-        """Return the median of as many epochs as fill a second, since the first after a pause is slower."""
-        seconds: list[float] = []
-        while sum(seconds) < 1:
-            seconds.append(self.ask("epoch")["seconds"])
-        return median(seconds)
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-
-
-def run(common: dict[str, Any], quick: bool, report: Report) -> dict[str, Any]:
+def run(common: dict[str, Any], picture: torch.Tensor, quick: bool, report: Report) -> dict[str, Any]:
     """Measure everything, or with `quick` the MLP alone and no training of a peer to the end.
 
-    common: options of every worker, "threads", "data_dir" and "torchvision_dir".
+    common: options of every worker, "threads", "device", "data_dir" and "torchvision_dir"; picture: one to classify,
+    uint8 (28, 28). On a GPU, what is about the processor is left out.
     """
-    results: dict[str, Any] = {"machine": machine(), "kernels": compiler(), "quick": quick}
-    limits = results["limit_gflops"] = matrix_products(report)
+    target = torch.device(common["device"])
+    results: dict[str, Any] = {"machine": machine(target), "kernels": compiler(), "quick": quick}
+    results["products"] = matrix_products(target, report)
+    limits = results["limit_gflops"] = {dtype: max(rates.values()) for dtype, rates in results["products"].items()}
     measured = {"mlp": 2} if quick else {"mlp": 7, "cnn": 3}  # rounds
     results["epoch"] = {}
     for model, rounds in measured.items():
-        rows = results["epoch"][model] = epochs(model, peers(), common, rounds, report)
+        rows = results["epoch"][model] = epochs(model, peers(target), common, rounds, report)
         add_limits(rows, models.count_flop(models.build(model), training=True) * TRAINING_IMAGES, limits)
     results["to_target"] = {model: to_target(model, common, quick, report) for model in measured}
-    results["start_up"] = start_up(report)
-    results["growth"] = growth(list(measured), common, quick, report)
+    if target.type == "cpu":
+        results["neighbours"] = neighbours.measure(peers(target), common, quick, report)
+        results["start_up"] = start_up(picture, common["data_dir"], quick, report)
+        results["growth"] = growth(list(measured), common, quick, report)
     results["minutes"] = (time.perf_counter() - report.start) / 60
     return results
 
 
-def peers() -> dict[str, dict[str, Any]]:
+def peers(target: torch.device) -> dict[str, dict[str, Any]]:
     """Return the rows of PEERS that can be measured here."""
-    present = dict(PEERS)
-    if not NATIVE_BFLOAT16:
+    absent, on_cpu = missing(), target.type == "cpu"
+    present = {
+        name: options
+        for name, options in PEERS.items()
+        if name not in absent and (on_cpu or options["program"] in ON_A_GPU)
+    }
+    if not device.has_bfloat16(target):
         del present["ours, published in bfloat16"]
-    if not has_keras():
-        del present["Keras 3 on JAX"]
     return present
 
 
-def has_keras() -> bool:
-    """Say whether requirements-bench.txt is installed."""
-    return all(importlib.util.find_spec(package) for package in ("keras", "jax"))
+def missing() -> list[str]:
+    """Name the rows of PEERS that need a package of requirements-bench.txt that is not installed."""
+    return [
+        name
+        for name, options in PEERS.items()
+        if not all(map(importlib.util.find_spec, NEEDS.get(options["program"], [])))
+    ]
 
 
 def compiler() -> str:
-    """Compile kernels.c, so that no timing includes it. Returns "compiled", or the reason why it cannot be."""
+    """Compile the kernels, so that no timing includes it. Returns "compiled", or the reason why they cannot be."""
     try:
-        kernels.compiled()
+        for name in kernels.LIBRARIES:
+            kernels.library(name)
     except kernels.KernelError as error:
         return str(error)
     return "compiled"
@@ -157,7 +133,7 @@ def write_for_torchvision(folder: Path, parts: Mapping[str, Split]) -> None:
     sources.write(raw, {part: (split.images, split.labels) for part, split in parts.items()})
 
 
-def machine() -> dict[str, Any]:
+def machine(target: torch.device) -> dict[str, Any]:
     """Describe what the numbers are measured on."""
     features = [feature for feature in device.FEATURES if torch.cpu.get_capabilities().get(feature) is True]
     versions = {"python": platform.python_version()}
@@ -170,28 +146,45 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "versions": versions,
+        **({"gpu": torch.cuda.get_device_name(target)} if target.type == "cuda" else {}),
     }
 
 
-def matrix_products(report: Callable[[str], None]) -> dict[str, float]:
-    """Measure the machine's limit: the best rate of a square matrix product, in GFLOP/s by dtype."""
-    rates = {}
+def matrix_products(target: torch.device, report: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Measure the machine's limit: by dtype and library, the best rate of a product of square matrices, in GFLOP/s."""
+    rates: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        emulated = dtype is torch.bfloat16 and not NATIVE_BFLOAT16  # a larger one would take minutes
+        emulated = dtype is torch.bfloat16 and not device.has_bfloat16(target)  # a larger one would take minutes
         sizes = MATRIX_SIZES[:1] if emulated else MATRIX_SIZES
         name = device.dtype_name(dtype)
-        rates[name] = max(2 * size**3 / product_seconds(size, dtype) / 1e9 for size in sizes)
-        report(f"matrix product, {name}: {rates[name]:,.0f} GFLOP/s")
+        rates[name] = {}
+        for library, multiply in products(target, dtype).items():
+            best = max(2 * size**3 / product_seconds(size, dtype, target, multiply) / 1e9 for size in sizes)
+            rates[name][library] = best
+            report(f"matrix product, {name}, {library}: {best:,.0f} GFLOP/s")
     return rates
 
 
-def product_seconds(size: int, dtype: torch.dtype) -> float:
-    """Return the median seconds of a product of two square matrices, over a second and a half."""
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+def products(target: torch.device, dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Any]]:
+    """Return the functions that multiply two matrices here, by name. PyTorch's own choice is the first."""
+    found: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {"PyTorch's a @ b": torch.matmul}
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # a part of PyTorch that may change
+    if target.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available() and linear:
+        found["oneDNN's linear"] = lambda a, b: linear(a, b, None, "none", [], "")
+    return found
+
+
+def product_seconds(
+    size: int, dtype: torch.dtype, target: torch.device, multiply: Callable[[torch.Tensor, torch.Tensor], Any]
+) -> float:
+    """Return the median seconds of a product of two square matrices, over MATRIX_SECONDS."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=target) for _ in range(2))
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < 1.5:
+    while len(seconds) < 3 or sum(seconds) < MATRIX_SECONDS:
         begin = time.perf_counter()
-        a @ b
+        multiply(a, b)
+        if target.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return median(seconds)
 
@@ -203,7 +196,10 @@ def epochs(
     rounds: int,
     report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Measure an epoch of every program, in turns, after one to warm up; the test and the memory as well."""
+    """Measure an epoch of every program, in turns, after one to warm up; the test and the memory as well.
+
+    The epoch to warm up, which may include compiling, is recorded as first_seconds.
+    """
     workers = {
         name: Worker(model=model, epochs=1_000, **options, **common)
         for name, options in programs.items()
@@ -211,22 +207,25 @@ def epochs(
     }
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     test_seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for number in range(rounds + 1):
+    first: dict[str, float] = {}
+    for name, worker in workers.items():
+        if model == "cnn" and programs[name]["program"] in ("tutorial", "lightning"):
+            continue  # it has nothing to warm up, and takes long
+        first[name] = worker.ask("epoch")["seconds"]
+        worker.ask("test")
+        report(f"{model.upper()} epoch, {name}: {first[name]:.2f} s, to warm up")
+    for number in range(1, rounds + 1):
         for name, worker in workers.items():
-            if number == 0 and name.startswith("tutorial") and model == "cnn":
-                continue  # it has nothing to warm up, and takes long
-            taken, test_taken = worker.epoch_seconds(), worker.ask("test")["seconds"]
-            if number:
-                seconds[name].append(taken)
-                test_seconds[name].append(test_taken)
-            turn = f"round {number} of {rounds}" if number else "to warm up"
-            report(f"{model.upper()} epoch, {name}: {taken:.2f} s, {turn}")
+            seconds[name].append(worker.epoch_seconds())
+            test_seconds[name].append(worker.ask("test")["seconds"])
+            report(f"{model.upper()} epoch, {name}: {seconds[name][-1]:.2f} s, round {number} of {rounds}")
     rows = {
         name: {
             "seconds": median(seconds[name]),
             "all_seconds": seconds[name],
             "test_images_per_second": TEST_IMAGES / median(test_seconds[name]),
             "peak_mib": worker.ask("memory")["peak_mib"],
+            **({"first_seconds": first[name]} if name in first else {}),
         }
         for name, worker in workers.items()
     }
@@ -310,18 +309,44 @@ def run_fast(model: str, seed: int, common: dict[str, Any], report: Callable[[st
     return {"seconds": seconds, "accuracy": accuracy}
 
 
-def start_up(report: Callable[[str], None]) -> dict[str, float]:
-    """Measure whole commands, from the shell's prompt back to it: the median seconds of three."""
+def start_up(
+    picture: torch.Tensor, data_dir: str | None, quick: bool, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Measure whole commands, from the shell's prompt back to it: the least seconds of three, with files in memory.
+
+    They run like a user's. What they write goes to a temporary folder.
+    """
     result = {}
-    for name, arguments in COMMANDS.items():
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], cwd=cli.ROOT, capture_output=True, check=True)
-            seconds.append(time.perf_counter() - begin)
-        result[name] = median(seconds)
-        report(f"start to end of {name}: {result[name]:.2f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(picture.numpy()).save(Path(folder, "picture.png"))
+        for name, arguments in commands(Path(folder), data_dir, quick).items():
+            seconds = []
+            for number in map(str, range(3)):
+                begin = time.perf_counter()
+                command = [sys.executable, *(word.replace("{number}", number) for word in arguments)]
+                subprocess.run(command, cwd=cli.ROOT, capture_output=True, check=True)
+                seconds.append(time.perf_counter() - begin)
+            result[name] = min(seconds)
+            report(f"start to end of {name}: {result[name]:.2f} s")
     return result
+
+
+def commands(folder: Path, data_dir: str | None, quick: bool) -> dict[str, list[str]]:
+    """Return the arguments of Python by the name of a command; {number} is to be that of the try."""
+    where = ["--data-dir", str(data_dir)] if data_dir else []
+    found = {
+        "import torch": ["-c", "import torch"],
+        "train.py --help": ["train.py", "--help"],
+        "train.py --model mlp --recipe fast": [
+            *["train.py", "--model", "mlp", "--recipe", "fast"],
+            *["--checkpoint-dir", str(folder / "{number}"), *where],
+        ],
+        "evaluate.py": ["evaluate.py", *where],
+        "predict.py PICTURE": ["predict.py", str(folder / "picture.png")],
+    }
+    if not quick:
+        found["analyze_errors.py"] = ["analyze_errors.py", "--figures-dir", str(folder / "figures"), *where]
+    return found
 
 
 def growth(
@@ -331,7 +356,7 @@ def growth(
     rows = []
     for model in names:
         for threads in (2,) if quick else (1, 2):
-            for images in GROWTH[:4] if quick else GROWTH:
+            for images in GROWTH[:2] if quick else GROWTH:
                 options = common | {"threads": threads}
                 worker = Worker(model=model, program="ours", recipe="fast", images=images, epochs=1_000, **options)
                 worker.ask("epoch")  # to warm up

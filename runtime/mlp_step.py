@@ -10,6 +10,8 @@ depend on the number of threads.
 """
 
 import ctypes
+import math
+import time
 
 import torch
 from torch import nn
@@ -30,6 +32,37 @@ CHAIN = (  # the operations of models.MLP, each on the result of the one before
 )
 
 
+class Team:
+    """Chooses between all threads and one, by what calls have lately taken; the results are the same.
+
+    Beside a busy process a thread often waits for another that does not run, and then one alone is faster.
+    """
+
+    TRIAL = 16  # calls that are timed together
+    LONGEST = 64  # such trials between two looks at the other choice
+
+    def __init__(self) -> None:
+        self.alone = False
+        self.seconds: list[float] = []  # of this trial's calls
+        self.usual = math.inf  # mean of the present choice when it was made
+        self.looking = False  # whether this trial is of the other choice
+        self.trials, self.patience = 0, 1  # since the last look, and until the next one
+
+    def took(self, seconds: float) -> None:
+        """Note what a call took, and choose for the next one."""
+        self.seconds.append(seconds)
+        if len(self.seconds) < self.TRIAL:
+            return
+        mean, self.seconds, self.trials = sum(self.seconds) / self.TRIAL, [], self.trials + 1
+        if self.looking:
+            better, self.looking, self.trials = mean < self.usual, False, 0
+            self.patience = 1 if better else min(2 * self.patience, self.LONGEST)
+            self.alone = self.alone if better else not self.alone
+            self.usual = min(self.usual, mean)
+        elif self.trials >= self.patience or mean > 1.5 * self.usual:
+            self.usual, self.looking, self.alone = mean, True, not self.alone
+
+
 class Step:
     """The step of one model: call it with images uint8 (n, 28, 28) and labels int64 (n,).
 
@@ -43,12 +76,13 @@ class Step:
         self.library = kernels.library("mlp_step")
         self.library.room.restype = ctypes.c_size_t
         self.room = torch.empty(0)
+        self.team = Team()
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, adam: FusedAdam | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradients of a batch, and take Adam's step if it is given."""
-        n, threads = len(images), torch.get_num_threads()
+        n, threads = len(images), 1 if self.team.alone else torch.get_num_threads()
         room = self.library.room(*self.sizes[:2], threads)
         if len(self.room) < room:
             self.room = torch.empty(room)
@@ -56,6 +90,7 @@ class Step:
         loss, logits = torch.empty(()), torch.empty(n, self.sizes[2])
         states = self._states(adam)
         tensors = [each for four in zip(self.parameters, *states, self.gradients, strict=True) for each in four]
+        start = time.perf_counter()
         self.library.mlp_step(
             *map(_pointer, (images, labels)),
             (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors]),
@@ -63,6 +98,7 @@ class Step:
             *map(_pointer, (self.room, loss, logits)),
             *(n, *self.sizes, threads),
         )
+        self.team.took(time.perf_counter() - start)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = None if adam else gradient
         return loss, logits
