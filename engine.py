@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, share
+from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, places, share
 from optim import build_optimizers, rate, set_rates
 from recipes import Recipe
 from runtime import adopt, distributed, kernels, mlp_step
@@ -151,9 +151,11 @@ class Training:
     def _find_whole_step(self) -> mlp_step.Step | None:
         """Return a function for a whole step, for a training that needs only what it computes."""
         recipe, device = self.recipe, self.train.labels.device.type
-        usual = recipe.loss == "cross_entropy" and not (recipe.label_smoothing or recipe.prune or recipe.distillation)
+        other = recipe.label_smoothing or recipe.prune or recipe.distillation or recipe.augment
         alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
-        return mlp_step.find(self.model) if recipe.fused and usual and alone else None
+        if not (recipe.fused and alone and recipe.loss == "cross_entropy") or other:
+            return None
+        return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None)
 
     def _begin_epoch(self) -> None:
         self.step = 0
@@ -242,8 +244,8 @@ class Training:
         order = {"first": self.step, "rank": rank, "world": world}
         seen = self.seen_at(self.step - len(self._recent))
         self.model.train()
-        for images, index in batches(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
-            self._recent.append(self._step(images, index, seeds[self.step + 1], own_seeds[self.step + 1]))
+        for place in places(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
+            self._recent.append(self._step(place, seeds[self.step + 1], own_seeds[self.step + 1]))
             self.step += 1
             stopped = stop is not None and stop()
             if self.step % CHECK_EVERY and self.step < self.steps:
@@ -263,25 +265,26 @@ class Training:
                 return True
         return False
 
-    def _step(self, images: torch.Tensor, index: torch.Tensor, seed: int, own_seed: int) -> tuple:
-        """Train on this process's share of a batch, the images of that index.
+    def _step(self, place: torch.Tensor, seed: int, own_seed: int) -> tuple:
+        """Train on this process's share of a batch, the images at these places in the epoch's.
 
         Returns the loss, the number of images it is a mean of, logits, labels, index, and the images' own losses where
         the recipe prunes.
         """
-        recipe, device, rank, world = self.recipe, index.device, distributed.rank(), distributed.world()
+        recipe, device, rank, world = self.recipe, place.device, distributed.rank(), distributed.world()
         batch = min(recipe.batch_size, len(self._numbered.labels) - self.step * recipe.batch_size)
         reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # 0.1 ms, seeds all
         reseed(seed)
-        labels = self.train.labels.index_select(0, index)
-        images = augment(images, recipe.augment, batch, share(batch, rank, world))
-        if rank:
-            reseed(own_seed)  # other images, other dropout
         done = (self.epoch - 1) * self.steps + self.step
         set_rates(self.optimizers, rate(recipe, done, recipe.epochs * self.steps))
+        index = self._numbered.labels.index_select(0, place)
+        labels = self.train.labels.index_select(0, index)
         if self.whole_step:
-            return *self._step_whole(images, labels), labels, index, None
-        images = normalise(images, self.precision)
+            return *self._step_whole(index, labels), labels, index, None
+        images = self._numbered.images.index_select(0, place)
+        images = normalise(augment(images, recipe.augment, batch, share(batch, rank, world)), self.precision)
+        if rank:
+            reseed(own_seed)  # other images, other dropout
         autocast = self.precision is not torch.float32
         with torch.autocast(device.type, self.precision) if autocast else contextlib.nullcontext():
             logits = self.network(images)
@@ -289,13 +292,14 @@ class Training:
         self._update(loss)
         return loss.detach(), batch / world, logits.detach(), labels, index, losses
 
-    def _step_whole(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    def _step_whole(self, index: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
         """Train on a batch by self.whole_step. Returns the loss, the number of images it is a mean of, and logits."""
         assert self.whole_step
-        adam = self.optimizers[0] if self.recipe.optimizer == "adam" else None
-        loss, logits = self.whole_step(images, labels, adam)
-        for optimizer in () if adam else self.optimizers:
-            optimizer.step()
+        loss, logits = self.whole_step(self.train.images, index, labels)
+        if not self.whole_step.adam:
+            with _one_thread():
+                for optimizer in self.optimizers:
+                    optimizer.step()
         return loss, len(labels), logits
 
     def _loss(
@@ -371,6 +375,7 @@ class Training:
             _load_scaler(self.scaler, state["scaler"])
         if self.recipe.prune:
             self._load_images(*state["images"])
+        self.whole_step = self._find_whole_step()  # of these states
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
@@ -403,6 +408,17 @@ class Training:
         index = index.to(place)
         kept = None if losses is None else losses.to(place).float().reshape(n)
         return loss.to(place), n, logits.to(place), self.train.labels[index], index, kept
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute by one thread what is too small to share: two would wait for each other, and longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _load_optimizer(optimizer: Any, own: dict) -> None:

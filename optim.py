@@ -100,17 +100,10 @@ class FusedAdam(Optimizer):
                 }
         return [self.state[parameter] for parameter in parameters]
 
-    @torch.no_grad()
-    def advance(self) -> tuple[float, ...]:
-        """Count a step that a kernel takes for all parameters, and return what it needs.
-
-        With beta1, beta2 and lr at step t: lr / (1 - beta1^t), (1 - beta2^t)^(-1/2), 1 - beta1, 1 - beta2, epsilon.
-        """
+    def options(self) -> tuple[float, ...]:
+        """Return learning rate, beta1, beta2 and epsilon, for a kernel that takes a step in this one's place."""
         (group,) = self.param_groups
-        steps = [state["step"] for state in self.states(group["params"])]
-        torch._foreach_add_(steps, 1)
-        t, (beta1, beta2) = steps[0].item(), BETAS
-        return group["lr"] / (1 - beta1**t), (1 - beta2**t) ** -0.5, 1 - beta1, 1 - beta2, EPS
+        return group["lr"], *BETAS, EPS
 
 
 class Muon(Optimizer):

@@ -32,10 +32,10 @@
 #define UNITS (WIDE / 2)      /* hidden units of a tile, backward */
 #define PANEL (2 * WIDE)      /* inputs of a tile, backward; the images lie in panels of so many inputs */
 
-struct tensor { /* of the network, with its state in Adam, and its gradient: of the parts before the last, or in all */
-    float *weight, *mean, *square, *gradient;
+struct tensor { /* of the network: its state in Adam, and its gradient, of the parts before the last or in all */
+    float *weight, *steps, *mean, *square, *gradient;
 };
-struct adam { /* lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - b1, 1 - b2, epsilon */
+struct adam { /* learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - beta1, 1 - beta2, epsilon */
     float rate, correction, first, second, epsilon;
 };
 
@@ -90,11 +90,12 @@ INLINE void use(const struct adam *adam, struct part part, struct tensor t, size
 static void use_few(const struct adam *a, struct part part, struct tensor t, const float *gradient, int n) {
     float *const places[4] = {t.weight, t.mean, t.square, t.gradient};
     float room[5][CLASSES] = {{0}};
+    const struct tensor wider = {room[0], 0, room[1], room[2], room[3]};
     for (int i = 0; i < 4; i++) memcpy(room[i], places[i], sizeof(float) * n);
     memcpy(room[4], gradient, sizeof(float) * n);
     if (part.from)
         for (int c = 0; c < n; c++) room[4][c] += t.gradient[c];
-    for (int c = 0; c < CLASSES; c += WIDE) use(a, part, (struct tensor){room[0], room[1], room[2], room[3]}, c, at(room[4] + c));
+    for (int c = 0; c < CLASSES; c += WIDE) use(a, part, wider, c, at(room[4] + c));
     for (int i = 0; i < 4; i++) memcpy(places[i], room[i], sizeof(float) * n);
 }
 
@@ -104,9 +105,10 @@ INLINE wide before(struct part part, struct tensor t, size_t i) { return part.fr
 /* Floats from one panel of so many images to the next: such that their lines fall into different sets of a cache. */
 INLINE size_t stride(int rows) { return (size_t)rows * PANEL + 8 * PANEL; }
 
-/* Images -> x, in panels, as pixel / 127.5 - 1. */
-static void read_images(const uint8_t *image, float *x, int n, int inputs) {
-    for (int b = 0; b < n; b++, image += inputs)
+/* Images of that index -> x, in panels, as pixel / 127.5 - 1. */
+static void read_images(const uint8_t *images, const int64_t *index, float *x, int n, int inputs) {
+    for (int b = 0; b < n; b++) {
+        const uint8_t *image = images + index[b] * inputs;
         for (int k = 0; k < inputs; k += PANEL) {
             float *restrict row = x + k / PANEL * stride(PART) + (size_t)b * PANEL;
             if (k + PANEL <= inputs)
@@ -114,6 +116,7 @@ static void read_images(const uint8_t *image, float *x, int n, int inputs) {
             else
                 for (int i = 0; i < WIDE; i++) row[i] = image[k + i] * (1 / 127.5f) - 1.0f;
         }
+    }
 }
 
 /* ReLU of the first layer, for WIDE units from `first` on -> hidden_units (n, hidden). */
@@ -235,12 +238,23 @@ size_t room(int inputs, int hidden, int threads) {
     return (size_t)PART * hidden + threads * own;
 }
 
-/* images uint8 (n, inputs), labels (n), and the tensors: the weight and bias of both layers. Adam updates them; without
+/* Count a step of Adam for each of the tensors, and return what it needs. options: learning rate, beta1, beta2 and
+   epsilon. */
+static struct adam advance(const struct tensor *t, const double *options) {
+    for (int i = 0; i < 4; i++) *t[i].steps += 1;
+    double first = 1 - pow(options[1], *t->steps), second = 1 - pow(options[2], *t->steps);
+    return (struct adam){(float)(options[0] / first), (float)(1 / sqrt(second)), (float)(1 - options[1]),
+                         (float)(1 - options[2]), (float)options[3]};
+}
+
+/* images uint8 (any, inputs), index (n): which of them, their labels (n), and the tensors: the weight and bias of both layers. Adam updates them, by options; without
    it, their gradients are left. -> loss, the mean in nats; logits (n, classes). inputs and hidden are multiples of
    WIDE, classes at most CLASSES. */
-void mlp_step(const uint8_t *images, const int64_t *labels, const struct tensor *t, const struct adam *a, float *given,
-              float *loss, float *logits, int n, int inputs, int hidden, int classes, int threads) {
+void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels, const struct tensor *t,
+              const double *options, float *given, float *loss, float *logits, int n, int inputs, int hidden,
+              int classes, int threads) {
     const size_t shared = (size_t)PART * hidden, own = room(inputs, hidden, 1) - shared;
+    const struct adam adam = options ? advance(t, options) : (struct adam){0}, *a = options ? &adam : 0;
     double total = 0;
 #pragma omp parallel num_threads(threads)
     for (struct part part = {0, 0, n}; part.from < n; part.from += PART) {
@@ -252,7 +266,7 @@ void mlp_step(const uint8_t *images, const int64_t *labels, const struct tensor 
         memset(second, 0, sizeof(float) * CLASSES * (hidden + 1));
         memcpy(second, t[2].weight, sizeof(float) * classes * hidden);
         memcpy(bias, t[3].weight, sizeof(float) * classes);
-        read_images(images + (size_t)part.from * inputs, x, part.size, inputs);
+        read_images(images, index + part.from, x, part.size, inputs);
         for (int first = from; first < to; first += WIDE)
             forward(x, t[0].weight, t[1].weight, given, part.size, inputs, hidden, first);
 #pragma omp barrier

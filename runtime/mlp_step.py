@@ -1,8 +1,8 @@
 """A whole training step of a network with one hidden layer, in one compiled function: runtime/mlp_step.c.
 
-step = mlp_step.find(model)                      # None, where the network is another
+step = mlp_step.find(model, adam)                 # None, where the network is another
 if step:
-    loss, logits = step(images, labels, adam)    # without Adam, the gradients are left in parameter.grad
+    loss, logits = step(images, index, labels)    # without Adam, the gradients are left in parameter.grad
 
 A step of the MLP is so short that PyTorch's way through a dozen operations takes most of it, and the more, the busier
 the machine: after each, the threads wait for one another. The results differ from PyTorch's by rounding. They do not
@@ -39,14 +39,14 @@ class Team:
     """
 
     TRIAL = 16  # calls that are timed together
-    LONGEST = 64  # such trials between two looks at the other choice
+    SHORTEST, LONGEST = 8, 64  # such trials between two looks at the other choice
 
     def __init__(self) -> None:
         self.alone = False
         self.seconds: list[float] = []  # of this trial's calls
         self.usual = math.inf  # mean of the present choice when it was made
         self.looking = False  # whether this trial is of the other choice
-        self.trials, self.patience = 0, 1  # since the last look, and until the next one
+        self.trials, self.patience = 0, self.SHORTEST  # since the last look, and until the next one
 
     def took(self, seconds: float) -> None:
         """Note what a call took, and choose for the next one."""
@@ -56,7 +56,7 @@ class Team:
         mean, self.seconds, self.trials = sum(self.seconds) / self.TRIAL, [], self.trials + 1
         if self.looking:
             better, self.looking, self.trials = mean < self.usual, False, 0
-            self.patience = 1 if better else min(2 * self.patience, self.LONGEST)
+            self.patience = self.SHORTEST if better else min(2 * self.patience, self.LONGEST)
             self.alone = self.alone if better else not self.alone
             self.usual = min(self.usual, mean)
         elif self.trials >= self.patience or mean > 1.5 * self.usual:
@@ -64,58 +64,57 @@ class Team:
 
 
 class Step:
-    """The step of one model: call it with images uint8 (n, 28, 28) and labels int64 (n,).
+    """The step of one model, and of Adam where it trains that. Both keep their tensors for as long."""
 
-    It returns the mean loss in nats, float32 (), and the logits, float32 (n, classes).
-    """
-
-    def __init__(self, first: nn.Linear, second: nn.Linear):
-        self.parameters = [first.weight, first.bias, second.weight, second.bias]
+    def __init__(self, first: nn.Linear, second: nn.Linear, adam: FusedAdam | None):
+        self.parameters, self.adam = [first.weight, first.bias, second.weight, second.bias], adam
         self.sizes = first.in_features, first.out_features, second.out_features
         self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
         self.library = kernels.library("mlp_step")
         self.library.room.restype = ctypes.c_size_t
-        self.room = torch.empty(0)
+        self.threads = torch.get_num_threads()
+        self.room = torch.empty(self.library.room(*self.sizes[:2], self.threads))
+        self.tensors = self._tensors()
         self.team = Team()
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, adam: FusedAdam | None
+        self, images: torch.Tensor, index: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the gradients of a batch, and take Adam's step if it is given."""
-        n, threads = len(images), 1 if self.team.alone else torch.get_num_threads()
-        room = self.library.room(*self.sizes[:2], threads)
-        if len(self.room) < room:
-            self.room = torch.empty(room)
-        images, labels = images.contiguous(), labels.contiguous()
+        """Compute the gradients of a batch, and take Adam's step if it is there.
+
+        images: uint8 (any, 28, 28); index int64 (n,): which of them; labels int64 (n,): theirs. All are contiguous.
+        Returns the mean loss in nats, float32 (), and the logits, float32 (n, 10).
+        """
+        n, threads = len(index), 1 if self.team.alone else self.threads
         loss, logits = torch.empty(()), torch.empty(n, self.sizes[2])
-        states = self._states(adam)
-        tensors = [each for four in zip(self.parameters, *states, self.gradients, strict=True) for each in four]
+        options = (ctypes.c_double * 4)(*self.adam.options()) if self.adam else None
         start = time.perf_counter()
         self.library.mlp_step(
-            *map(_pointer, (images, labels)),
-            (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors]),
-            (ctypes.c_float * 5)(*adam.advance()) if adam else None,
+            *map(_pointer, (images, index, labels)),
+            *(self.tensors, options),
             *map(_pointer, (self.room, loss, logits)),
             *(n, *self.sizes, threads),
         )
         self.team.took(time.perf_counter() - start)
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = None if adam else gradient
+        for parameter, gradient in () if self.adam else zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         return loss, logits
 
-    def _states(self, adam: FusedAdam | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return Adam's means and squares of the gradients; without Adam anything, which is not used."""
-        if not adam:
-            return self.gradients, self.gradients
-        states = adam.states(self.parameters)
-        return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    def _tensors(self) -> ctypes.Array:
+        """Return where each weight, Adam's state of it, and its gradient are."""
+        states = [[gradient] * 3 for gradient in self.gradients]  # without Adam; not used then
+        if self.adam:
+            states = [[state[name] for name in self.adam.STATE] for state in self.adam.states(self.parameters)]
+        rows = zip(self.parameters, states, self.gradients, strict=True)
+        pointers = [each.data_ptr() for weight, state, gradient in rows for each in (weight, *state, gradient)]
+        return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def find(model: nn.Module) -> Step | None:
+def find(model: nn.Module, adam: FusedAdam | None) -> Step | None:
     """Return the step for a model on the CPU that computes what models.MLP does, in any sizes; None for any other.
 
     Raises KernelError where the step cannot be compiled.
@@ -127,7 +126,7 @@ def find(model: nn.Module) -> Step | None:
     if not fits or not all(map(kernels.is_weight, parameters, shapes)) or not all(p.requires_grad for p in parameters):
         return None
     layers = None if any(map(kernels.is_hooked, model.modules())) else _layers(model)
-    return Step(*layers) if layers else None
+    return Step(*layers, adam) if layers else None
 
 
 def _layers(model: nn.Module) -> list[nn.Linear] | None:

@@ -260,9 +260,9 @@ OTHER_NETWORKS = {
 
 
 def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
-    assert mlp_step.find(models.MLP())
+    assert mlp_step.find(models.MLP(), None)
     for name, build in OTHER_NETWORKS.items():
-        assert mlp_step.find(build()) is None, name
+        assert mlp_step.find(build(), None) is None, name
     recipe = recipes.find("published", "mlp")
     ours, _ = trained(sample, recipe, Wide())
     assert ours.whole_step
