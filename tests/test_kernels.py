@@ -201,7 +201,8 @@ def test_whole_steps_train_as_pytorchs_do_but_for_rounding(recipe, batch, sample
 
 @pytest.mark.parametrize("recipe", ["published", "fast"])
 def test_whole_steps_give_the_same_bits_on_any_number_of_threads(recipe, sample):
-    recipe = recipes.find(recipe, "mlp")._replace(batch_size=150, precision="float32", optimizer="adam", muon_lr=0.0)
+    changes = {"batch_size": 150, "precision": "float32", "optimizer": "adam", "muon_lr": 0.0, "fused": True}
+    recipe = recipes.find(recipe, "mlp")._replace(**changes)
     results = on_threads(lambda: [p.detach() for p in trained(sample, recipe)[0].model.parameters()], (1, 2, 3, 9))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -263,7 +264,7 @@ def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
     assert mlp_step.find(models.MLP(), None)
     for name, build in OTHER_NETWORKS.items():
         assert mlp_step.find(build(), None) is None, name
-    recipe = recipes.find("published", "mlp")
+    recipe = recipes.find("published", "mlp")._replace(fused=True)
     ours, _ = trained(sample, recipe, Wide())
     assert ours.whole_step
     for change in ({"label_smoothing": 0.1}, {"prune": 0.5}, {"loss": "focal"}, {"fused": False}):
@@ -274,7 +275,7 @@ def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
 
 
 def test_a_run_by_whole_steps_resumes_to_the_same_bits(sample):
-    recipe = recipes.find("published", "mlp")._replace(epochs=2)
+    recipe = recipes.find("published", "mlp")._replace(epochs=2, fused=True)
     whole, _ = trained(sample, recipe, epochs=2)
     list(whole.run())
     cut, _ = trained(sample, recipe, epochs=2)
