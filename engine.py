@@ -153,7 +153,9 @@ class Training:
         recipe, device = self.recipe, self.train.labels.device.type
         other = recipe.label_smoothing or recipe.prune or recipe.distillation or recipe.augment
         alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
-        if not (recipe.fused and alone and recipe.loss == "cross_entropy") or other:
+        images, n = self.train.images, len(self.train.labels)
+        readable = images.is_contiguous() and images.dtype is torch.uint8 and images.shape == (n, 28, 28)
+        if not (recipe.fused and alone and readable and recipe.loss == "cross_entropy") or other:
             return None
         return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None)
 

@@ -53,6 +53,7 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 LANES = 32  # as in the sources: channels come in multiples of it
 SIZE = 28  # of an image's side
 HALF = SIZE // 2
+MOST_CHANNELS = 512  # of a fused convolution: a thread keeps lists of each on its stack
 SHARES = 16  # of a batch, whose gradients of the second convolution are added up one by one
 TIMEOUT = 120  # seconds for the compiler, which takes one
 MOST = 2**24  # bytes of a library, which has 20,000
@@ -156,6 +157,7 @@ def _is_plain(conv: nn.Module, inputs: int) -> bool:
     channels, geometry = conv.out_channels, (conv.stride, conv.dilation, conv.groups, conv.padding_mode)
     return (
         channels % LANES == 0
+        and channels <= MOST_CHANNELS
         and geometry == ((1, 1), (1, 1), 1, "zeros")
         and conv.padding in ((1, 1), "same")
         and is_weight(conv.weight, (channels, inputs, 3, 3))

@@ -74,6 +74,7 @@ class Step:
         self.library.room.restype = ctypes.c_size_t
         self.threads = torch.get_num_threads()
         self.room = torch.empty(self.library.room(*self.sizes[:2], self.threads))
+        self.places: list[int] = []  # of the weights in memory, and with them all that self.tensors names
         self.tensors = self._tensors()
         self.team = Team()
 
@@ -85,6 +86,8 @@ class Step:
         images: uint8 (any, 28, 28); index int64 (n,): which of them; labels int64 (n,): theirs. All are contiguous.
         Returns the mean loss in nats, float32 (), and the logits, float32 (n, 10).
         """
+        if self.places != [parameter.data_ptr() for parameter in self.parameters]:  # others have been put in
+            self.tensors = self._tensors()
         n, threads = len(index), 1 if self.team.alone else self.threads
         loss, logits = torch.empty(()), torch.empty(n, self.sizes[2])
         options = (ctypes.c_double * 4)(*self.adam.options()) if self.adam else None
@@ -102,6 +105,7 @@ class Step:
 
     def _tensors(self) -> ctypes.Array:
         """Return where each weight, Adam's state of it, and its gradient are."""
+        self.places = [parameter.data_ptr() for parameter in self.parameters]
         states = [[gradient] * 3 for gradient in self.gradients]  # without Adam; not used then
         if self.adam:
             states = [[state[name] for name in self.adam.STATE] for state in self.adam.states(self.parameters)]

@@ -274,6 +274,21 @@ def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
             ).whole_step
 
 
+def test_whole_steps_read_the_images_and_the_weights_that_are_there(sample):
+    recipe = recipes.find("published", "mlp")._replace(fused=True)
+    turned = sample["train"]._replace(images=sample["train"].images.transpose(1, 2))
+    assert not engine.Training(models.MLP(), turned, None, recipe, seed=0).whole_step
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = models.MLP()
+        training = engine.Training(model, sample["train"], None, recipe._replace(fused=fused), seed=0)
+        model.fc1.weight.data = model.fc1.weight.data.clone() * 2
+        next(training.run())
+        results.append(model.fc1.weight.detach())
+    assert (results[0] - results[1]).norm() < 1e-3 * results[1].norm()
+
+
 def test_a_run_by_whole_steps_resumes_to_the_same_bits(sample):
     recipe = recipes.find("published", "mlp")._replace(epochs=2, fused=True)
     whole, _ = trained(sample, recipe, epochs=2)
@@ -319,6 +334,7 @@ FUSED = {
 }
 LEFT = {
     "channels": lambda: nn.Conv2d(1, 5, 3, padding=1),
+    "many channels": lambda: nn.Conv2d(1, 544, 3, padding=1),
     "stride": lambda: nn.Conv2d(1, 32, 3, padding=1, stride=2),
     "padding": lambda: nn.Conv2d(1, 32, 3),
     "more padding": lambda: nn.Conv2d(1, 32, 3, padding=2),
