@@ -130,7 +130,7 @@ def find(model: nn.Module, adam: FusedAdam | None) -> Step | None:
     if not fits or not all(map(kernels.is_weight, parameters, shapes)) or not all(p.requires_grad for p in parameters):
         return None
     layers = None if any(map(kernels.is_hooked, model.modules())) else _layers(model)
-    return Step(*layers, adam) if layers else None
+    return Step(layers[0], layers[1], adam) if layers else None
 
 
 def _layers(model: nn.Module) -> list[nn.Linear] | None:
