@@ -10,6 +10,7 @@ Nothing here knows of files or flags.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ class Training:
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
         self.optimizers = build_optimizers(model, recipe)
-        self.whole_step = self._find_whole_step()
+        self.team = mlp_step.Team()
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
@@ -157,10 +158,17 @@ class Training:
         readable = images.is_contiguous() and images.dtype is torch.uint8 and images.shape == (n, 28, 28)
         if not (recipe.fused and alone and readable and recipe.loss == "cross_entropy") or other:
             return None
-        return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None)
+        labels = self.train.labels
+        if labels.dtype is not torch.int64 or not n or labels.min() < 0 or labels.max() >= len(CLASSES):
+            return None
+        try:
+            return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None, self.team)
+        except kernels.KernelError as error:
+            warnings.warn(f"{error}; training continues with PyTorch's own operations, more slowly", stacklevel=2)
+            return None
 
     def _begin_epoch(self) -> None:
-        self.step = 0
+        self.step, self.whole_step = 0, self._find_whole_step()
         self.loss = self.correct = self.seconds = 0.0
         left_out = self.recipe.prune if self.epoch <= PRUNED_EPOCHS * self.recipe.epochs else 0.0
         self._weigh(prune(self.image_losses, left_out, derive_seeds(self.seed, 0, self.epoch)[0]))
@@ -377,7 +385,6 @@ class Training:
             _load_scaler(self.scaler, state["scaler"])
         if self.recipe.prune:
             self._load_images(*state["images"])
-        self.whole_step = self._find_whole_step()  # of these states
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
@@ -482,13 +489,13 @@ def predict_logits(
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
     many = logits.device.type == "cpu" and len(logits) >= MANY
-    with kernels.lent(model) if many else contextlib.nullcontext():
-        for number, (images, _) in enumerate(batches(split, batch_size)):
-            if world == 1 and stop is not None and stop():
-                raise Stopped
-            if number % world == rank:
-                start = number * batch_size
-                logits[start : start + batch_size] = model(normalise(images))
+    network = kernels.fused(model) if many else model
+    for number, (images, _) in enumerate(batches(split, batch_size)):
+        if world == 1 and stop is not None and stop():
+            raise Stopped
+        if number % world == rank:
+            start = number * batch_size
+            logits[start : start + batch_size] = network(normalise(images))
     return distributed.sum_tensor(logits).cpu()
 
 

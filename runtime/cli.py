@@ -295,12 +295,14 @@ def loading() -> Iterator[None]:
 
     For PyTorch that is a quarter of the time between its import and the end of the process.
     """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def run(main: Callable[[], int], name: str | None = None) -> NoReturn:

@@ -2,7 +2,7 @@
 
 kernels.give(model, fused=False)    # ReLU after pooling: the same bits, a quarter of the work
 kernels.give(model, fused=True)     # the convolutions, the poolings and their gradients, fused
-with kernels.lent(model): ...       # fused for a while, where there is a compiler
+faster = kernels.fused(model)       # the same layers, fused where there is a compiler
 
 A model that has a `conv_relu_pool` function (see models.CNN) gets a faster one in its place; other models stay as they
 are. The fused kernels are compiled by the system's C compiler: a second each, once, into .cache. Other devices and
@@ -17,6 +17,7 @@ this code or root can write to it and to its folder. So no half-written file and
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -27,7 +28,6 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
+from models import conv_relu_pool
 from runtime import cli, files
 from runtime.errors import UserError, one_line
 
@@ -83,17 +84,14 @@ def give(model: nn.Module, fused: bool) -> None:
     setattr(model, "conv_relu_pool", fused_conv_relu_pool if fused else conv_pool_relu)  # noqa: B010 - for mypy
 
 
-@contextlib.contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
-    """Fuse a model's operations for a while. Where they cannot be compiled, PyTorch's do the same more slowly."""
-    own = getattr(model, "conv_relu_pool", None)
+def fused(model: nn.Module) -> nn.Module:
+    """Return a model with the same layers and fused operations; where these cannot be had, the model itself."""
+    if getattr(model, "conv_relu_pool", None) not in (conv_relu_pool, conv_pool_relu):  # one of another's making
+        return model
+    result = copy.copy(model)  # shares everything with the model but its attributes
     with contextlib.suppress(KernelError):
-        give(model, fused=True)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(model, "conv_relu_pool", own)  # noqa: B010 - for mypy
+        give(result, fused=True)
+    return result
 
 
 def conv_pool_relu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

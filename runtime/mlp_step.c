@@ -64,7 +64,8 @@ INLINE wide power(wide x) {
     p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return (wide)((wide_ints)p + ((wide_ints)shifted << 23));
+    wide_ints result = (wide_ints)p + ((wide_ints)shifted << 23);
+    return (wide)CHOOSE(x == x, result, (wide_ints)x); /* NaN stays */
 }
 
 /* Where a batch of n images is, in parts of PART: `from` is the first image of this one. */

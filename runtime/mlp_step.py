@@ -1,6 +1,6 @@
 """A whole training step of a network with one hidden layer, in one compiled function: runtime/mlp_step.c.
 
-step = mlp_step.find(model, adam)                 # None, where the network is another
+step = mlp_step.find(model, adam, team)           # None, where the network is another
 if step:
     loss, logits = step(images, index, labels)    # without Adam, the gradients are left in parameter.grad
 
@@ -12,6 +12,7 @@ depend on the number of threads.
 import ctypes
 import math
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +23,6 @@ from runtime import kernels
 
 LANES = 16  # as in mlp_step.c: hidden units come in multiples of it
 INPUTS, CLASSES = 28 * 28, 10
-CHAIN = (  # the operations of models.MLP, each on the result of the one before
-    ("placeholder", None),
-    ("call_method", "flatten"),
-    ("call_module", nn.Linear),
-    ("call_function", F.relu),
-    ("call_module", nn.Linear),
-    ("output", "output"),
-)
 
 
 class Team:
@@ -64,91 +57,95 @@ class Team:
 
 
 class Step:
-    """The step of one model, and of Adam where it trains that. Both keep their tensors for as long."""
+    """The step of one model, and of Adam where it trains that."""
 
-    def __init__(self, first: nn.Linear, second: nn.Linear, adam: FusedAdam | None):
-        self.parameters, self.adam = [first.weight, first.bias, second.weight, second.bias], adam
-        self.sizes = first.in_features, first.out_features, second.out_features
-        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
-        self.library = kernels.library("mlp_step")
-        self.library.room.restype = ctypes.c_size_t
-        self.threads = torch.get_num_threads()
-        self.room = torch.empty(self.library.room(*self.sizes[:2], self.threads))
-        self.places: list[int] = []  # of the weights in memory, and with them all that self.tensors names
-        self.tensors = self._tensors()
-        self.team = Team()
+    def __init__(self, parameters: list[nn.Parameter], adam: FusedAdam | None, team: Team):
+        self.parameters, self.adam, self.team = parameters, adam, team
+        self.gradients = [torch.empty_like(parameter) for parameter in parameters]
+        self.room = torch.empty(0)
 
     def __call__(
         self, images: torch.Tensor, index: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradients of a batch, and take Adam's step if it is there.
 
-        images: uint8 (any, 28, 28); index int64 (n,): which of them; labels int64 (n,): theirs. All are contiguous.
-        Returns the mean loss in nats, float32 (), and the logits, float32 (n, 10).
+        images: uint8 (any, 28, 28); index int64 (n,): which of them; labels int64 (n,): theirs, from 0 to 9. All are
+        contiguous. Returns the mean loss in nats, float32 (), and the logits, float32 (n, 10).
         """
-        if self.places != [parameter.data_ptr() for parameter in self.parameters]:  # others have been put in
-            self.tensors = self._tensors()
-        n, threads = len(index), 1 if self.team.alone else self.threads
-        loss, logits = torch.empty(()), torch.empty(n, self.sizes[2])
+        library, hidden = kernels.library("mlp_step"), len(self.parameters[0])
+        n, threads = len(index), 1 if self.team.alone else torch.get_num_threads()
+        library.room.restype = ctypes.c_size_t
+        if len(self.room) < (room := library.room(INPUTS, hidden, threads)):
+            self.room = torch.empty(room, dtype=torch.float32)
+        loss, logits = torch.empty((), dtype=torch.float32), torch.empty(n, CLASSES, dtype=torch.float32)
         options = (ctypes.c_double * 4)(*self.adam.options()) if self.adam else None
+        tensors = self._tensors()
         start = time.perf_counter()
-        self.library.mlp_step(
+        library.mlp_step(
             *map(_pointer, (images, index, labels)),
-            *(self.tensors, options),
+            *((ctypes.c_void_p * len(tensors))(*[each.data_ptr() for each in tensors]), options),
             *map(_pointer, (self.room, loss, logits)),
-            *(n, *self.sizes, threads),
+            *(n, INPUTS, hidden, CLASSES, threads),
         )
         self.team.took(time.perf_counter() - start)
         for parameter, gradient in () if self.adam else zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return loss, logits
 
-    def _tensors(self) -> ctypes.Array:
-        """Return where each weight, Adam's state of it, and its gradient are."""
-        self.places = [parameter.data_ptr() for parameter in self.parameters]
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return each weight, Adam's state of it, and its gradient."""
         states = [[gradient] * 3 for gradient in self.gradients]  # without Adam; not used then
         if self.adam:
             states = [[state[name] for name in self.adam.STATE] for state in self.adam.states(self.parameters)]
         rows = zip(self.parameters, states, self.gradients, strict=True)
-        pointers = [each.data_ptr() for weight, state, gradient in rows for each in (weight, *state, gradient)]
-        return (ctypes.c_void_p * len(pointers))(*pointers)
+        return [each for weight, state, gradient in rows for each in (weight, *state, gradient)]
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def find(model: nn.Module, adam: FusedAdam | None) -> Step | None:
-    """Return the step for a model on the CPU that computes what models.MLP does, in any sizes; None for any other.
+def find(model: nn.Module, adam: FusedAdam | None, team: Team) -> Step | None:
+    """Return the step for a model on the CPU that computes what models.MLP does, in any size; None for any other.
 
-    Raises KernelError where the step cannot be compiled.
+    Ask again after anything of the model has changed. Raises KernelError where the step cannot be compiled.
     """
-    parameters = list(model.parameters())
-    hidden = len(parameters[0]) if parameters else 0
+    parameters, hidden = list(model.parameters()), getattr(getattr(model, "fc1", None), "out_features", 0)
+    if not _is_mlp(model) or hidden % LANES or torch.is_autocast_enabled("cpu"):
+        return None
     shapes = [(hidden, INPUTS), (hidden,), (CLASSES, hidden), (CLASSES,)]
-    fits = len(parameters) == len(shapes) and hidden % LANES == 0 and not any(True for _ in model.buffers())
-    if not fits or not all(map(kernels.is_weight, parameters, shapes)) or not all(p.requires_grad for p in parameters):
+    fit = len(parameters) == len(shapes) and all(map(kernels.is_weight, parameters, shapes))
+    if not fit or not all(map(_is_plain, parameters)) or (adam and not _is_even(adam, parameters)):
         return None
-    layers = None if any(map(kernels.is_hooked, model.modules())) else _layers(model)
-    return Step(layers[0], layers[1], adam) if layers else None
+    kernels.library("mlp_step")
+    return Step(parameters, adam, team)
 
 
-def _layers(model: nn.Module) -> list[nn.Linear] | None:
-    """Return the two layers where a model's operations, as torch.fx records them, are those of CHAIN."""
-    from torch import fx
+def _forward(self: Any, images: torch.Tensor) -> torch.Tensor:
+    """Compute what models.MLP.forward does; only its code is used."""
+    return self.fc2(F.relu(self.fc1(images.flatten(1))))
 
-    try:
-        nodes = list(fx.symbolic_trace(model).graph.nodes)
-        modules = [model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
-    except Exception:  # a forward that cannot be recorded is another one
-        return None
-    layers = [module for module in modules if type(module) is nn.Linear]
-    if len(nodes) != len(CHAIN) or len(layers) != len(modules):
-        return None
-    arguments = [(), *((node,) for node in nodes[:-1])]
-    arguments[1] += (1,)  # flatten from this dimension on
-    for node, (kind, target), expected in zip(nodes, CHAIN, arguments, strict=True):
-        same = node.op == kind and (kind in ("placeholder", "call_module") or node.target == target)
-        if not same or node.args != expected or {**node.kwargs} not in ({}, {"inplace": False}):
-            return None
-    return layers
+
+def _is_mlp(model: nn.Module) -> bool:
+    """Say whether a model calls two linear layers as _forward does, and nothing else."""
+    kind, forward = type(model), getattr(type(model).forward, "__code__", None)
+    if forward is None or kind.__call__ is not nn.Module.__call__ or any(map(kernels.is_hooked, model.modules())):
+        return False
+    same = all(getattr(forward, part) == getattr(_forward.__code__, part) for part in ("co_code", "co_names"))
+    same = same and forward.co_consts[1:] == _forward.__code__.co_consts[1:]  # the first is the docstring
+    names = type(model).forward.__globals__
+    layers = dict(model.named_children())
+    linear = layers.keys() == {"fc1", "fc2"} and all(type(layer) is nn.Linear for layer in layers.values())
+    return same and names.get("F") is F and linear and not any(True for _ in model.buffers())
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Say whether a parameter is trained, lies in memory in its order, and has no hook."""
+    hooked = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.requires_grad and parameter.is_contiguous() and not hooked
+
+
+def _is_even(adam: FusedAdam, parameters: list[nn.Parameter]) -> bool:
+    """Say whether Adam has counted the same steps for all parameters, and no hook is called around its own."""
+    steps = {state["step"].item() for state in adam.states(parameters)}
+    return len(steps) == 1 and not adam._optimizer_step_pre_hooks and not adam._optimizer_step_post_hooks

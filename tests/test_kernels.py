@@ -237,6 +237,20 @@ class Smooth(models.MLP):
         return self.fc2(F.gelu(self.fc1(images.flatten(1))))
 
 
+class Called(models.MLP):
+    def __call__(self, images):
+        return 2 * super().__call__(images)
+
+
+class Asking(models.MLP):
+    def forward(self, images):
+        return self.fc2(F.relu(self.fc1(images.flatten(1)))) * (2 if self.training else 1)
+
+
+def turn(model):
+    model.fc1.weight = nn.Parameter(torch.randn(784, 128).t())
+
+
 def changed(function):
     model = models.MLP()
     function(model)
@@ -250,6 +264,10 @@ OTHER_NETWORKS = {
     "a forward that looks at values": Unlike,
     "a shortcut": Twice,
     "another activation": Smooth,
+    "a __call__": Called,
+    "a forward that asks whether it trains": Asking,
+    "weights in another order": lambda: changed(turn),
+    "a hook of a weight": lambda: changed(lambda model: model.fc1.weight.register_hook(lambda gradient: gradient * 0)),
     "a hook": lambda: changed(lambda model: model.fc1.register_forward_hook(lambda *_: None)),
     "a hook of the model": lambda: changed(lambda model: model.register_forward_pre_hook(lambda *_: None)),
     "a frozen layer": lambda: changed(lambda model: model.fc1.requires_grad_(False)),
@@ -261,9 +279,9 @@ OTHER_NETWORKS = {
 
 
 def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
-    assert mlp_step.find(models.MLP(), None)
+    assert mlp_step.find(models.MLP(), None, mlp_step.Team())
     for name, build in OTHER_NETWORKS.items():
-        assert mlp_step.find(build(), None) is None, name
+        assert mlp_step.find(build(), None, mlp_step.Team()) is None, name
     recipe = recipes.find("published", "mlp")._replace(fused=True)
     ours, _ = trained(sample, recipe, Wide())
     assert ours.whole_step
@@ -276,8 +294,15 @@ def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
 
 def test_whole_steps_read_the_images_and_the_weights_that_are_there(sample):
     recipe = recipes.find("published", "mlp")._replace(fused=True)
-    turned = sample["train"]._replace(images=sample["train"].images.transpose(1, 2))
-    assert not engine.Training(models.MLP(), turned, None, recipe, seed=0).whole_step
+    train = sample["train"]
+    others = [
+        train._replace(images=train.images.transpose(1, 2)),
+        train._replace(labels=train.labels.int()),
+        train._replace(labels=train.labels + 1),
+        train._replace(labels=train.labels - 1),
+    ]
+    for other in others:
+        assert not engine.Training(models.MLP(), other, None, recipe, seed=0).whole_step
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -287,6 +312,18 @@ def test_whole_steps_read_the_images_and_the_weights_that_are_there(sample):
         next(training.run())
         results.append(model.fc1.weight.detach())
     assert (results[0] - results[1]).norm() < 1e-3 * results[1].norm()
+
+
+def test_whole_steps_end_where_the_network_changes_between_epochs(sample):
+    training, _ = trained(sample, recipes.find("published", "mlp")._replace(fused=True), epochs=3)
+    assert training.whole_step
+    assert copy.deepcopy(training).whole_step.parameters[0] is not training.whole_step.parameters[0]
+    training.model.fc1.requires_grad_(False)
+    before = training.model.fc1.weight.clone()
+    training._begin_epoch()
+    assert not training.whole_step
+    list(training.run())
+    assert torch.equal(training.model.fc1.weight, before)
 
 
 def test_a_run_by_whole_steps_resumes_to_the_same_bits(sample):
@@ -468,6 +505,9 @@ def test_a_large_evaluation_borrows_the_kernels_and_returns_them(sample, monkeyp
     assert not torch.equal(few, many)  # they differ by rounding
     torch.testing.assert_close(few, many, atol=1e-5, rtol=1e-5)
     assert model.conv_relu_pool is models.conv_relu_pool
+    model.conv_relu_pool = lambda conv, x: F.max_pool2d(F.leaky_relu(conv(x)), 2)  # one of the user's own
+    assert kernels.fused(model) is model
+    model.conv_relu_pool = models.conv_relu_pool
     monkeypatch.setenv("CC", "/nowhere/cc")
     kernels._try.cache_clear()
     assert torch.equal(engine.predict_logits(model, sample["val"]), few)  # without a compiler

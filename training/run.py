@@ -401,7 +401,7 @@ def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
     try:
         kernels.give(model, fused)
         if fused:
-            mlp_step.find(model, None)
+            mlp_step.find(model, None, mlp_step.Team())
     except kernels.KernelError as error:
         print(f"train.py: {error}; training continues with PyTorch's own operations, more slowly", file=sys.stderr)
         kernels.give(model, fused=False)
