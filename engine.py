@@ -489,7 +489,7 @@ def predict_logits(
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
     many = logits.device.type == "cpu" and len(logits) >= MANY
-    network = kernels.fused(model) if many else model
+    network = kernels.evaluating(model, many)
     for number, (images, _) in enumerate(batches(split, batch_size)):
         if world == 1 and stop is not None and stop():
             raise Stopped

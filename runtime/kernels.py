@@ -2,7 +2,7 @@
 
 kernels.give(model, fused=False)    # ReLU after pooling: the same bits, a quarter of the work
 kernels.give(model, fused=True)     # the convolutions, the poolings and their gradients, fused
-faster = kernels.fused(model)       # the same layers, fused where there is a compiler
+kernels.evaluating(model, fused)    # a model of the same layers, with or without them
 
 A model that has a `conv_relu_pool` function (see models.CNN) gets a faster one in its place; other models stay as they
 are. The fused kernels are compiled by the system's C compiler: a second each, once, into .cache. Other devices and
@@ -84,13 +84,17 @@ def give(model: nn.Module, fused: bool) -> None:
     setattr(model, "conv_relu_pool", fused_conv_relu_pool if fused else conv_pool_relu)  # noqa: B010 - for mypy
 
 
-def fused(model: nn.Module) -> nn.Module:
-    """Return a model with the same layers and fused operations; where these cannot be had, the model itself."""
-    if getattr(model, "conv_relu_pool", None) not in (conv_relu_pool, conv_pool_relu):  # one of another's making
-        return model
+def evaluating(model: nn.Module, fused: bool) -> nn.Module:
+    """Return a model with the same layers, to evaluate: with fused operations if wanted and to be had, else PyTorch's.
+
+    So it does not matter for an evaluation which ones the model itself was given.
+    """
+    if getattr(model, "conv_relu_pool", None) not in (conv_relu_pool, conv_pool_relu, fused_conv_relu_pool):
+        return model  # it has none, or one of another's making
     result = copy.copy(model)  # shares everything with the model but its attributes
+    give(result, fused=False)
     with contextlib.suppress(KernelError):
-        give(result, fused=True)
+        give(result, fused)
     return result
 
 
