@@ -355,7 +355,7 @@ def test_flags_of_earlier_versions_are_read_as_todays():
     assert recipes.upgrade(old) == today == recipes.upgrade(today)
     assert old["flip"] is True  # the caller's dict is not changed
     earliest = recipes.upgrade({"epochs": 5, "batch_size": 128, "lr": 1e-3, "select": "val"})
-    assert earliest == {"recipe": "published", **recipes.find("published", "mlp")._asdict(), **rest}
+    assert earliest == {"recipe": "published", **recipes.find("published", "mlp")._asdict(), **rest, "fused": False}
     best = recipes.upgrade({"epochs": 65, "flip": True, "shift": 2, "still": 0.0, "erase": 12})
     assert best["augment"] == recipes.find("best", "resnet").augment
 

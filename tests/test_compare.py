@@ -183,7 +183,7 @@ def test_histories_of_every_version_are_compared(trained, runs):
         path = runs / f"mlp-{number}" / "best_mlp_fmnist.json"
         run = json.loads(path.read_text())
         flags = {key: value for key, value in run["flags"].items() if key not in ("augment", "loss", "teachers")}
-        flags |= {"flip": False, "shift": 0, "erase": 0}
+        flags |= {"flip": False, "shift": 0, "erase": 0, "fused": False}
         run["classes"] = list(CLASSES)
         path.write_text(json.dumps(run | {"flags": flags, "data": NAME}))
     assert compare.collect(runs)[0]["seeds"] == [0, 1, 2]
@@ -203,8 +203,8 @@ def test_a_command_repeats_its_row():
     taught = flags_of("distilled", "mlp", teachers=[{"checkpoint": "a/best_cnn_fmnist.pt"}, {"checkpoint": "b.pt"}])
     told = "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
     assert comparison.command("mlp", taught) == told
-    faster = flags_of("fast", "mlp", muon_lr=0.2, precision="float32")  # --lr sets Muon's rate where there is one
-    assert comparison.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision float32"
+    faster = flags_of("fast", "mlp", muon_lr=0.2, precision="bfloat16")  # --lr sets Muon's rate where there is one
+    assert comparison.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision bfloat16"
     assert comparison.changed("mlp", faster) == {}
     assert comparison.changed("mlp", flags_of("fast", "mlp", lr=0.3)) == {"lr": 0.3}
 
@@ -354,7 +354,7 @@ def test_the_published_runs_are_of_the_published_protocol(model, select):
     for seed, run in enumerate(committed(f"{model}-{select}")):
         assert (run["model"], run["seed"], run["status"], run["data"]) == (model, seed, "finished", NAME)
         published = {"epochs": {"mlp": 5, "cnn": 15}[model], "lr": 1e-3, "batch_size": 128, "select": select}
-        assert run["flags"] == published | {"deterministic": False}
+        assert published.items() <= run["flags"].items()
         assert recipes.upgrade(run["flags"]) == flags_of("published", model, select=select)
         assert run["test"]["n"] == 10_000
 
@@ -391,6 +391,6 @@ def test_every_history_names_its_processor_and_has_an_epoch_a_line():
     for path in paths:
         text = path.read_text()
         run = read_history(path)
-        assert "avx512_bf16" in run["processor"], path
+        assert "avx512" in run["processor"], path
         assert len(text.splitlines()) < len(run["epochs"]) + 40, path
     assert set(models.MODELS) == {read_history(path)["model"] for path in paths}

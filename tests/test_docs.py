@@ -278,7 +278,7 @@ def test_the_sentences_are_those_of_the_report(report):
         f"flatter the accuracy by {100 * gain:.2f} points",
         f"{double['accuracy_of_them']['share']:.2%} on them and {double['accuracy_without']['share']:.2%} without them",
         f"there are {limits[0.5]} of them, with limits twice as wide {limits[2.0]:,}",
-        f"{double['of_another_label']} near-duplicates have another label",
+        f"Near-duplicates with another label than their twin: {double['of_another_label']}",
         f"a temperature of {report['checkpoints'][0]['temperature']:.2f}",
         f"from {before['ece']:.4f} to {after['ece']:.4f}",
         f"from {before['classwise_ece']:.4f} to {after['classwise_ece']:.4f}",
