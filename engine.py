@@ -385,6 +385,7 @@ class Training:
             _load_scaler(self.scaler, state["scaler"])
         if self.recipe.prune:
             self._load_images(*state["images"])
+        self.whole_step = self._find_whole_step()  # for these states
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps

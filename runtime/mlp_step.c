@@ -248,9 +248,9 @@ static struct adam advance(const struct tensor *t, const double *options) {
                          (float)(1 - options[2]), (float)options[3]};
 }
 
-/* images uint8 (any, inputs), index (n): which of them, their labels (n), and the tensors: the weight and bias of both layers. Adam updates them, by options; without
-   it, their gradients are left. -> loss, the mean in nats; logits (n, classes). inputs and hidden are multiples of
-   WIDE, classes at most CLASSES. */
+/* images uint8 (any, inputs), index (n): which of them, labels (n): theirs, and the tensors: the weight and bias of
+   both layers. Adam updates them, by options; without it, their gradients are left. -> loss, the mean in nats; logits
+   (n, classes). inputs and hidden are multiples of WIDE, classes at most CLASSES. */
 void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels, const struct tensor *t,
               const double *options, float *given, float *loss, float *logits, int n, int inputs, int hidden,
               int classes, int threads) {
