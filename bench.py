@@ -1,7 +1,7 @@
 """Measure how fast this repository trains, against the machine's limit and what people use instead.
 
 python bench.py           # everything, at most 45 minutes; writes figures/bench.json and figures/bench.png
-python bench.py --quick   # 2 minutes: the MLP alone, no training of a peer to the end; writes figures/bench_quick.*
+python bench.py --quick   # 3 minutes: the MLP alone, no training of a peer to the end; writes figures/bench_quick.*
 python bench.py --device cuda   # the GPU: this repository and the programs of PyTorch; writes figures/bench_cuda.*
 
 Use the machine for nothing else meanwhile. Lightning, Keras and JAX are measured if they are installed, from
@@ -21,7 +21,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.Parser("Measure the speed of training and evaluation against their alternatives.")
     parser.add_argument(
-        "--quick", action="store_true", help="2 minutes: the MLP alone, no training of a peer to the end"
+        "--quick", action="store_true", help="3 minutes: the MLP alone, no training of a peer to the end"
     )
     parser.add_argument("--figures-dir", metavar="DIR", type=Path, default=cli.FIGURES, help="default: figures")
     parser.add_argument("--device", default="cpu", help="cpu (default), or a GPU: cuda, cuda:1")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := measure.missing():
         names = ", ".join(missing)
         print(f"not installed and left out: {names}: {cli.install('requirements-bench.txt')}")
-    minutes = 2 if args.quick else 40
+    minutes = 3 if args.quick else 40
     print(f"this takes about {minutes} minutes on two cores; use the machine for nothing else meanwhile")
     common = {
         "threads": torch.get_num_threads(),
