@@ -24,6 +24,13 @@ from runtime import kernels, mlp_step
 from runtime.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def no_failure_is_remembered():
+    """A test's compiler that fails must not keep the kernels from the tests after it."""
+    yield
+    kernels._try.cache_clear()
+
+
 def autocast(dtype):
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
