@@ -478,6 +478,21 @@ def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 # --- predictions -----------------------------------------------------------------------------------------
 
 
+def give_kernels(model: nn.Module, fused: bool) -> kernels.KernelError | None:
+    """Give a model on the CPU the faster operations of runtime/, before its training.
+
+    Returns why the fused ones cannot be had; the model then computes by PyTorch's own.
+    """
+    try:
+        kernels.give(model, fused)
+        if fused:
+            mlp_step.find(model, None, mlp_step.Team())  # compiles it
+    except kernels.KernelError as error:
+        kernels.give(model, fused=False)
+        return error
+    return None
+
+
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH, stop: Callable[[], bool] | None = None

@@ -60,7 +60,6 @@ class Ours:
         import engine
         import models
         import recipes
-        from runtime import kernels, mlp_step
         from runtime.device import keep_freed_memory, pick_precision
 
         keep_freed_memory()
@@ -73,12 +72,8 @@ class Ours:
         torch.manual_seed(*data.derive_seeds(seed))
         self.model = models.build(model).to(device)
         if device == "cpu":
-            try:
-                kernels.give(self.model, plan.fused)
-                mlp_step.find(self.model, None, mlp_step.Team())
-            except kernels.KernelError:
-                plan = plan._replace(fused=False)
-                kernels.give(self.model, False)
+            error = engine.give_kernels(self.model, plan.fused)
+            plan = plan._replace(fused=plan.fused and not error)
         dtype = pick_precision(plan.precision, torch.device(device))
         self.rows = engine.Training(self.model, train, None, plan, seed=seed, precision=dtype).run()
 

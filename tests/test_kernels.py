@@ -521,7 +521,6 @@ def test_a_large_evaluation_borrows_the_kernels_and_returns_them(sample, monkeyp
     monkeypatch.setenv("CC", "/nowhere/cc")
     kernels._try.cache_clear()
     assert torch.equal(engine.predict_logits(model, sample["val"]), few)  # without a compiler
-    kernels._try.cache_clear()
 
 
 def test_tensors_that_pytorch_negates_later_and_gradients_by_functions_are_as_without_kernels(sample):
@@ -557,8 +556,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "CACHE", tmp_path / "kernels")
     monkeypatch.setattr(kernels, "FLAGS", ["-O0", *kernels.FLAGS[1:]])  # compiled in less time
     kernels._try.cache_clear()
-    yield tmp_path / "kernels"
-    kernels._try.cache_clear()
+    return tmp_path / "kernels"
 
 
 def compile_again():

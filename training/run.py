@@ -27,7 +27,7 @@ import engine
 import metrics
 import models
 import recipes
-from runtime import cli, device, distributed, kernels, mlp_step
+from runtime import cli, device, distributed
 from runtime.errors import UserError, one_line
 from runtime.schema import problem
 from training import distill, record, trial
@@ -397,16 +397,10 @@ class Run:
 
 
 def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
-    """Give the model the faster operations of runtime/kernels.py. Returns whether they are the fused ones."""
-    try:
-        kernels.give(model, fused)
-        if fused:
-            mlp_step.find(model, None, mlp_step.Team())
-    except kernels.KernelError as error:
+    """Give the model the faster operations of runtime/. Returns whether they are the fused ones; prints why not."""
+    if error := engine.give_kernels(model, fused):
         print(f"train.py: {error}; training continues with PyTorch's own operations, more slowly", file=sys.stderr)
-        kernels.give(model, fused=False)
-        return False
-    return fused
+    return fused and not error
 
 
 class Progress:
