@@ -142,6 +142,7 @@ class Training:
         check_values(recipe.augment)
         self.optimizers = build_optimizers(model, recipe)
         self.team = mlp_step.Team()
+        self.whole_step: mlp_step.Step | None = None
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
@@ -168,7 +169,7 @@ class Training:
             return None
 
     def _begin_epoch(self) -> None:
-        self.step, self.whole_step = 0, self._find_whole_step()
+        self.step = 0
         self.loss = self.correct = self.seconds = 0.0
         left_out = self.recipe.prune if self.epoch <= PRUNED_EPOCHS * self.recipe.epochs else 0.0
         self._weigh(prune(self.image_losses, left_out, derive_seeds(self.seed, 0, self.epoch)[0]))
@@ -254,6 +255,7 @@ class Training:
         order = {"first": self.step, "rank": rank, "world": world}
         seen = self.seen_at(self.step - len(self._recent))
         self.model.train()
+        self.whole_step = self._find_whole_step()  # for the network as it is now
         for place in places(self._numbered, self.recipe.batch_size, self.seed, self.epoch, **order):
             self._recent.append(self._step(place, seeds[self.step + 1], own_seeds[self.step + 1]))
             self.step += 1
@@ -385,7 +387,6 @@ class Training:
             _load_scaler(self.scaler, state["scaler"])
         if self.recipe.prune:
             self._load_images(*state["images"])
-        self.whole_step = self._find_whole_step()  # for these states
         for key in COUNTERS:
             setattr(self, key, type(getattr(self, key))(state[key]))
         in_the_run = 1 <= self.epoch <= self.recipe.epochs + 1 and 0 <= self.step <= self.steps and self.steps
