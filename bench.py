@@ -16,6 +16,8 @@ from typing import Any
 from runtime import cli, files
 from runtime.errors import UserError
 
+TITLES = {"resnet": "ResNet"}  # other models' names are abbreviations
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -115,7 +117,7 @@ def epoch_tables(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 def epoch_table(model: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Lay out an epoch of every program."""
     head = [f"{model.upper()}, an epoch", "seconds", "times as fast"]
-    head += ["of the float32 limit", "of the bfloat16 limit", "tests images/s", "peak MiB"]
+    head += ["of the float32 limit", "of the bfloat16 limit", "test images/s", "peak MiB"]
     slowest = rows["tutorial loop"]["seconds"]
     lines = [
         [
@@ -162,7 +164,7 @@ def neighbour_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [["*fair sharing of the cores*", "", "", *(f"*{ratio:.2g}*" for ratio in fair.values())]]
     for row in rows:
         ratios = [seconds / row["quiet"] for seconds in [*row["beside"].values(), max(row["two"])]]
-        name = f"{row['model'].upper()}, {row['program']}"
+        name = f"{TITLES.get(row['model'], row['model'].upper())}, {row['program']}"
         lines.append([name, f"{row['images']:,}", short(row["quiet"]), *(f"{ratio:.1f}" for ratio in ratios)])
     beside = [f"beside {count}, times" for count in rows[0]["beside"]]
     return table(["an epoch", "images", "quiet, seconds", *beside, "two at once, times"], lines)

@@ -323,7 +323,7 @@ class Keras:
 class Jax:
     """A loop by hand in JAX: the images stay on the device as bytes; of the MLP, an epoch is one compiled scan.
 
-    Of the CNN a step is compiled, since a convolution within a scan takes JAX ten times as long on a CPU.
+    Of the CNN a step is compiled, since a convolution within a scan takes JAX more than ten times as long on a CPU.
     """
 
     def __init__(self, model: str, data_dir: str | None, seed: int = 0, images: int = 60_000, **_: Any) -> None:
