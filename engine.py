@@ -28,6 +28,7 @@ from runtime.errors import UserError
 from runtime.schema import Number, problem
 
 EVALUATION_BATCH = 256  # as published
+WITHOUT_KERNELS = "training continues with PyTorch's own operations, more slowly"
 MANY = 1_000  # images for which the fused kernels of an evaluation are worth their compilation
 VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1, -1))  # of test-time augmentation: the
 # image, and moved by a pixel towards two opposite corners, and these three mirrored, as in cifar10-airbench
@@ -117,6 +118,21 @@ def loss_of(
 # --- training --------------------------------------------------------------------------------------------
 
 
+def give_kernels(model: nn.Module, fused: bool) -> kernels.KernelError | None:
+    """Give a model on the CPU the faster operations of runtime/, before its training.
+
+    Returns why the fused ones cannot be had; the model then computes by PyTorch's own.
+    """
+    try:
+        kernels.give(model, fused)
+        if fused:
+            mlp_step.find(model, None, mlp_step.Team())  # compiles it
+    except kernels.KernelError as error:
+        kernels.give(model, fused=False)
+        return error
+    return None
+
+
 class Training:
     """One run of a recipe. It can be saved whenever it reports progress, and then resumes to the same bits.
 
@@ -165,7 +181,7 @@ class Training:
         try:
             return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None, self.team)
         except kernels.KernelError as error:
-            warnings.warn(f"{error}; training continues with PyTorch's own operations, more slowly", stacklevel=2)
+            warnings.warn(f"{error}; {WITHOUT_KERNELS}", stacklevel=2)
             return None
 
     def _begin_epoch(self) -> None:
@@ -477,21 +493,6 @@ def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 
 # --- predictions -----------------------------------------------------------------------------------------
-
-
-def give_kernels(model: nn.Module, fused: bool) -> kernels.KernelError | None:
-    """Give a model on the CPU the faster operations of runtime/, before its training.
-
-    Returns why the fused ones cannot be had; the model then computes by PyTorch's own.
-    """
-    try:
-        kernels.give(model, fused)
-        if fused:
-            mlp_step.find(model, None, mlp_step.Team())  # compiles it
-    except kernels.KernelError as error:
-        kernels.give(model, fused=False)
-        return error
-    return None
 
 
 @torch.inference_mode()

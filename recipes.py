@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    # The published protocol. Its results never change by a bit.
+    # The published protocol. Its values never change.
     "published": {
         "mlp": Recipe(epochs=5, fused=True),
         "cnn": Recipe(epochs=15, fused=True),

@@ -39,7 +39,7 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "torchinductor"))
 
 # How often a thread of PyTorch's looks whether the others have arrived, before it sleeps. By GNU's default it looks for
-# milliseconds, and keeps the core from the very thread that it waits for, wherever another process wants a core too.
+# milliseconds, and occupies a core. If another process wants one too, the thread waited for may get none.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

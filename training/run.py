@@ -399,7 +399,7 @@ class Run:
 def _give_kernels(model: torch.nn.Module, fused: bool) -> bool:
     """Give the model the faster operations of runtime/. Returns whether they are the fused ones; prints why not."""
     if error := engine.give_kernels(model, fused):
-        print(f"train.py: {error}; training continues with PyTorch's own operations, more slowly", file=sys.stderr)
+        print(f"train.py: {error}; {engine.WITHOUT_KERNELS}", file=sys.stderr)
     return fused and not error
 
 
