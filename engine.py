@@ -9,6 +9,7 @@ Nothing here knows of files or flags.
 """
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -159,6 +160,7 @@ class Training:
         self.optimizers = build_optimizers(model, recipe)
         self.team = mlp_step.Team()
         self.whole_step: mlp_step.Step | None = None
+        self._agrees: bool | None = None  # whether it did what PyTorch does, once that was tried
         self.scaler = torch.amp.GradScaler(train.labels.device.type) if precision is torch.float16 else None
         self.network = distributed.wrap(model, normalise(train.images[:1]))
         self.image_losses = torch.full(train.labels.shape, torch.inf, device=train.labels.device)
@@ -167,22 +169,55 @@ class Training:
         self._begin_epoch()
 
     def _find_whole_step(self) -> mlp_step.Step | None:
-        """Return a function for a whole step, for a training that needs only what it computes."""
-        recipe, device = self.recipe, self.train.labels.device.type
-        other = recipe.label_smoothing or recipe.prune or recipe.distillation or recipe.augment
-        alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
-        images, n = self.train.images, len(self.train.labels)
-        readable = images.is_contiguous() and images.dtype is torch.uint8 and images.shape == (n, 28, 28)
-        if not (recipe.fused and alone and readable and recipe.loss == "cross_entropy") or other:
-            return None
-        labels = self.train.labels
-        if labels.dtype is not torch.int64 or not n or labels.min() < 0 or labels.max() >= len(CLASSES):
+        """Return a function for a whole step, for a training that needs only what it computes.
+
+        It is used only if it makes the same of a batch as the code below and in models.py, data.py and optim.py, which
+        may have been edited. This is tried once; whether the network still allows it, before every epoch.
+        """
+        if not self._allows_whole_step():
             return None
         try:
-            return mlp_step.find(self.model, self.optimizers[0] if recipe.optimizer == "adam" else None, self.team)
+            step = self._whole_step_of(self.model, self.optimizers)
+            if step and self._agrees is None:
+                self._agrees = _agree(self._tried(whole=True), self._tried(whole=False))
+            return step if self._agrees else None
         except kernels.KernelError as error:
             warnings.warn(f"{error}; {WITHOUT_KERNELS}", stacklevel=2)
             return None
+
+    def _allows_whole_step(self) -> bool:
+        """Say whether the recipe, the data and this object need nothing but what a whole step computes."""
+        recipe, device = self.recipe, self.train.labels.device.type
+        other = recipe.label_smoothing or recipe.prune or recipe.distillation or recipe.augment
+        alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
+        images, labels, n = self.train.images, self.train.labels, len(self.train.labels)
+        readable = images.is_contiguous() and images.dtype is torch.uint8 and images.shape == (n, 28, 28)
+        plain = find_loss(recipe).compute is cross_entropy and all(
+            getattr(getattr(self, name), "__func__", None) is getattr(Training, name)
+            for name in ("_step", "_loss", "_update")
+        )
+        if not (recipe.fused and alone and readable and plain) or other:
+            return False
+        return labels.dtype is torch.int64 and n > 0 and labels.min().item() >= 0 and labels.max().item() < len(CLASSES)
+
+    def _whole_step_of(self, model: nn.Module, optimizers: list) -> mlp_step.Step | None:
+        return mlp_step.find(model, optimizers[0] if self.recipe.optimizer == "adam" else None, self.team)
+
+    def _tried(self, whole: bool) -> list[torch.Tensor]:
+        """Train a copy of the model on the first images; return the loss, the logits and what becomes of the weights.
+
+        That is their change where Adam makes it, else their gradients.
+        """
+        trial = copy.copy(self)
+        trial.model = trial.network = copy.deepcopy(self.model)
+        trial.optimizers = build_optimizers(trial.model, self.recipe)
+        trial.team = mlp_step.Team()  # what a trial takes counts for nothing
+        trial.step, trial.whole_step = 0, trial._whole_step_of(trial.model, trial.optimizers) if whole else None
+        first = torch.arange(min(self.recipe.batch_size, len(self.train.labels)))
+        loss, _, logits, *_ = trial._step(first, self.seed, self.seed)
+        pairs = zip(trial.model.parameters(), self.model.parameters(), strict=True)
+        adam = self.recipe.optimizer == "adam"
+        return [loss, logits, *((new - old).detach() if adam else new.grad for new, old in pairs)]
 
     def _begin_epoch(self) -> None:
         self.step = 0
@@ -437,6 +472,11 @@ class Training:
         return loss.to(place), n, logits.to(place), self.train.labels[index], index, kept
 
 
+def _agree(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """Say whether these tensors are the same but for rounding, which Adam makes larger where a gradient is near 0."""
+    return all(a.shape == b.shape and (a - b).norm() <= 0.02 * b.norm() for a, b in zip(ours, theirs, strict=True))
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Compute by one thread what is too small to share: two would wait for each other, and longer on a busy machine."""
@@ -507,13 +547,13 @@ def predict_logits(
     rank, world = distributed.rank(), distributed.world()
     logits = torch.zeros(len(split.labels), len(CLASSES), device=split.labels.device)
     many = logits.device.type == "cpu" and len(logits) >= MANY
-    network = kernels.evaluating(model, many)
-    for number, (images, _) in enumerate(batches(split, batch_size)):
-        if world == 1 and stop is not None and stop():
-            raise Stopped
-        if number % world == rank:
-            start = number * batch_size
-            logits[start : start + batch_size] = network(normalise(images))
+    with kernels.evaluating(model, fused=many):
+        for number, (images, _) in enumerate(batches(split, batch_size)):
+            if world == 1 and stop is not None and stop():
+                raise Stopped
+            if number % world == rank:
+                start = number * batch_size
+                logits[start : start + batch_size] = model(normalise(images))
     return distributed.sum_tensor(logits).cpu()
 
 

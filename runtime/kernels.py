@@ -2,7 +2,7 @@
 
 kernels.give(model, fused=False)    # ReLU after pooling: the same bits, a quarter of the work
 kernels.give(model, fused=True)     # the convolutions, the poolings and their gradients, fused
-kernels.evaluating(model, fused)    # a model of the same layers, with or without them
+with kernels.evaluating(model, fused):  # with or without them, and then with its own again
 
 A model that has a `conv_relu_pool` function (see models.CNN) gets a faster one in its place; other models stay as they
 are. The fused kernels are compiled by the system's C compiler: a second each, once, into .cache. Other devices and
@@ -17,7 +17,6 @@ this code or root can write to it and to its folder. So no half-written file and
 """
 
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
@@ -28,6 +27,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,27 @@ def give(model: nn.Module, fused: bool) -> None:
     setattr(model, "conv_relu_pool", fused_conv_relu_pool if fused else conv_pool_relu)  # noqa: B010 - for mypy
 
 
-def evaluating(model: nn.Module, fused: bool) -> nn.Module:
-    """Return a model with the same layers, to evaluate: with fused operations if wanted and to be had, else PyTorch's.
+@contextlib.contextmanager
+def evaluating(model: nn.Module, fused: bool) -> Iterator[None]:
+    """Let a model compute with fused operations if wanted and to be had, else with PyTorch's; then with its own again.
 
-    So it does not matter for an evaluation which ones the model itself was given.
+    So it does not matter for an evaluation which ones the model itself was given. One thread at a time does this.
     """
     if getattr(model, "conv_relu_pool", None) not in (conv_relu_pool, conv_pool_relu, fused_conv_relu_pool):
-        return model  # it has none, or one of another's making
-    result = copy.copy(model)  # shares everything with the model but its attributes
-    give(result, fused=False)
-    with contextlib.suppress(KernelError):
-        give(result, fused)
-    return result
+        yield  # it has none, or one of another's making
+        return
+    with _evaluation:
+        own = model.conv_relu_pool
+        try:
+            give(model, fused=False)
+            with contextlib.suppress(KernelError):
+                give(model, fused)
+            yield
+        finally:
+            setattr(model, "conv_relu_pool", own)  # noqa: B010 - for mypy
+
+
+_evaluation = threading.RLock()
 
 
 def conv_pool_relu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

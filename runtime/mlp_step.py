@@ -108,7 +108,8 @@ def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 def find(model: nn.Module, adam: FusedAdam | None, team: Team) -> Step | None:
     """Return the step for a model on the CPU that computes what models.MLP does, in any size; None for any other.
 
-    Ask again after anything of the model has changed. Raises KernelError where the step cannot be compiled.
+    Ask again after anything of the model has changed. What this does not see, such as an edit of PyTorch's functions,
+    only a trial shows: engine.py makes one. Raises KernelError where the step cannot be compiled.
     """
     parameters, hidden = list(model.parameters()), getattr(getattr(model, "fc1", None), "out_features", 0)
     if not _is_mlp(model) or hidden % LANES or torch.is_autocast_enabled("cpu"):
@@ -121,22 +122,35 @@ def find(model: nn.Module, adam: FusedAdam | None, team: Team) -> Step | None:
     return Step(parameters, adam, team)
 
 
-def _forward(self: Any, images: torch.Tensor) -> torch.Tensor:
-    """Compute what models.MLP.forward does; only its code is used."""
-    return self.fc2(F.relu(self.fc1(images.flatten(1))))
+class _Plain(nn.Module):
+    """A network that computes what models.MLP does; only its code is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self: Any, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (n, 10)."""
+        return self.fc2(F.relu(self.fc1(images.flatten(1))))
 
 
 def _is_mlp(model: nn.Module) -> bool:
-    """Say whether a model calls two linear layers as _forward does, and nothing else."""
-    kind, forward = type(model), getattr(type(model).forward, "__code__", None)
-    if forward is None or kind.__call__ is not nn.Module.__call__ or any(map(kernels.is_hooked, model.modules())):
+    """Say whether a model calls two linear layers as _Plain does, and does nothing else with a method or a hook."""
+    kinds = type(model).__mro__[: type(model).__mro__.index(nn.Module)]
+    if any(vars(kind).keys() - vars(_Plain).keys() for kind in kinds) or vars(model).keys() != vars(_Plain()).keys():
         return False
-    same = all(getattr(forward, part) == getattr(_forward.__code__, part) for part in ("co_code", "co_names"))
-    same = same and forward.co_consts[1:] == _forward.__code__.co_consts[1:]  # the first is the docstring
+    forward, expected = getattr(type(model).forward, "__code__", None), _Plain.forward.__code__
+    if forward is None or any(map(kernels.is_hooked, model.modules())):
+        return False
+    same = all(getattr(forward, part) == getattr(expected, part) for part in ("co_code", "co_names"))
+    same = same and forward.co_consts[1:] == expected.co_consts[1:]  # the first is the docstring
     names = type(model).forward.__globals__
     layers = dict(model.named_children())
-    linear = layers.keys() == {"fc1", "fc2"} and all(type(layer) is nn.Linear for layer in layers.values())
+    linear = layers.keys() == {"fc1", "fc2"} and all(map(_is_linear, layers.values()))
     return same and names.get("F") is F and linear and not any(True for _ in model.buffers())
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and vars(layer).keys() == vars(nn.Linear(1, 1)).keys()
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -146,6 +160,8 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 
 def _is_even(adam: FusedAdam, parameters: list[nn.Parameter]) -> bool:
-    """Say whether Adam has counted the same steps for all parameters, and no hook is called around its own."""
+    """Say whether Adam has counted the same steps for all parameters, and nothing is put around its step."""
+    if type(adam) is not FusedAdam or "step" in vars(adam):
+        return False
     steps = {state["step"].item() for state in adam.states(parameters)}
     return len(steps) == 1 and not adam._optimizer_step_pre_hooks and not adam._optimizer_step_post_hooks

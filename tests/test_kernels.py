@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 import data
 import engine
 import models
+import optim
 import recipes
 from runtime import kernels, mlp_step
 from runtime.errors import UserError
@@ -254,6 +256,27 @@ class Asking(models.MLP):
         return self.fc2(F.relu(self.fc1(images.flatten(1)))) * (2 if self.training else 1)
 
 
+class Derived(models.MLP):
+    """Its first layer is another than the one that it holds."""
+
+    @property
+    def fc1(self):
+        return lambda images: 2 * self._modules["fc1"](images)
+
+
+class Asked(models.MLP):
+    def __getattribute__(self, name):
+        layer = super().__getattribute__(name)
+        return (lambda x: layer(x) + 1) if name == "fc2" else layer
+
+
+class Wrapped(models.MLP):
+    def _call_impl(self, images):
+        return 2 * super()._call_impl(images)
+
+    __call__ = _call_impl
+
+
 def turn(model):
     model.fc1.weight = nn.Parameter(torch.randn(784, 128).t())
 
@@ -282,6 +305,12 @@ OTHER_NETWORKS = {
     "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.Dropout(), nn.ReLU(), nn.Linear(128, 10)),
     "float64": lambda: models.MLP().double(),
     "the CNN": lambda: models.build("cnn"),
+    "a property for a layer": Derived,
+    "attributes of its own making": Asked,
+    "another call": Wrapped,
+    "another call of the object": lambda: changed(lambda model: vars(model).update(_call_impl=lambda images: images)),
+    "a function for a layer": lambda: changed(lambda model: vars(model).update(fc2=lambda x: x[:, :10])),
+    "a tensor for a weight": lambda: changed(lambda model: vars(model.fc2).update(weight=torch.zeros(10, 128))),
 }
 
 
@@ -297,6 +326,60 @@ def test_whole_steps_are_for_networks_that_compute_what_the_mlp_does(sample):
             assert not engine.Training(
                 models.MLP(), sample["train"], None, recipe._replace(**change), seed=0
             )._find_whole_step()
+
+
+def logged(function):
+    return lambda *arguments, **options: function(*arguments, **options)
+
+
+def doubled(function):
+    return lambda *arguments, **options: 2 * function(*arguments, **options)
+
+
+EDITS = {  # of the code that a whole step replaces: the place, its name, and what becomes of it
+    "the loss in the table": (engine.LOSSES, "cross_entropy", engine.Loss("", doubled(engine.cross_entropy))),
+    "a loss that also logs": (engine.LOSSES, "cross_entropy", engine.Loss("", logged(engine.cross_entropy))),
+    "the loss's own function": (F, "cross_entropy", doubled(F.cross_entropy)),
+    "how images are normalised": (engine, "normalise", doubled(engine.normalise)),
+    "PyTorch's linear layer": (nn.Linear, "forward", doubled(nn.Linear.forward)),
+    "PyTorch's linear function": (F, "linear", doubled(F.linear)),
+    "PyTorch's ReLU": (F, "relu", F.leaky_relu),
+    "Adam's step": (optim.FusedAdam, "step", lambda self: None),
+    "how gradients are used": (engine.Training, "_update", lambda self, loss: None),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_code_is_used_and_not_the_whole_step(name, sample, monkeypatch):
+    recipe = recipes.find("published", "mlp")
+    place, attribute, value = EDITS[name]
+    (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, attribute, value)
+    results = [trained(sample, recipe._replace(fused=fused)) for fused in (True, False)]
+    assert results[0][1]["train_loss"] == results[1][1]["train_loss"]
+    for a, b in zip(*(training.model.parameters() for training, _ in results), strict=True):
+        assert torch.equal(a, b)
+
+
+class Watched(engine.Training):
+    def _update(self, loss):
+        self.watched = True
+        super()._update(loss)
+
+
+def test_methods_of_a_training_of_ones_own_are_called(sample):
+    recipe = recipes.find("published", "mlp")._replace(epochs=1)
+    for build in (Watched, engine.Training):
+        training = build(models.MLP(), sample["train"], None, recipe, seed=0)
+        if build is engine.Training:
+            training._update = lambda loss, own=training: Watched._update(own, loss)
+            training.__class__ = Watched  # for super()
+        list(training.run())
+        assert training.watched
+    training = engine.Training(models.MLP(), sample["train"], None, recipe, seed=0)
+    steps = torch.optim.lr_scheduler.ConstantLR(training.optimizers[0])  # puts a function around the optimiser's step
+    list(training.run())
+    assert steps is not None
+    assert training.whole_step is None
 
 
 def test_whole_steps_read_the_images_and_the_weights_that_are_there(sample):
@@ -515,11 +598,49 @@ def test_a_large_evaluation_borrows_the_kernels_and_returns_them(sample, monkeyp
     torch.testing.assert_close(few, many, atol=1e-5, rtol=1e-5)
     assert model.conv_relu_pool is models.conv_relu_pool
     model.conv_relu_pool = lambda conv, x: F.max_pool2d(F.leaky_relu(conv(x)), 2)  # one of the user's own
-    assert kernels.evaluating(model, fused=True) is model
+    own = model.conv_relu_pool
+    with kernels.evaluating(model, fused=True):
+        assert model.conv_relu_pool is own
     model.conv_relu_pool = models.conv_relu_pool
     monkeypatch.setenv("CC", "/nowhere/cc")
     kernels._try.cache_clear()
     assert torch.equal(engine.predict_logits(model, sample["val"]), few)  # without a compiler
+
+
+class Counting(models.CNN):
+    """A CNN that notes on itself what it is asked."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return super().forward(images)
+
+    def __copy__(self):
+        raise TypeError("this network cannot be copied")
+
+
+def test_an_evaluation_calls_the_model_itself(sample, monkeypatch):
+    monkeypatch.setattr(engine, "MANY", 1)
+    model, seen = Counting(), []
+    model.register_forward_hook(lambda module, *_: seen.append(module is model))
+    engine.predict_logits(model, sample["val"], 20)
+    assert model.calls == len(seen) == len(sample["val"].labels) // 20
+    assert all(seen)
+
+
+def test_evaluations_in_several_threads_have_the_kernels_of_their_own(sample, monkeypatch):
+    model, small = (
+        models.build("cnn"),
+        sample["val"]._replace(images=sample["val"].images[:30], labels=sample["val"].labels[:30]),
+    )
+    monkeypatch.setattr(engine, "MANY", 50)
+    expected = [engine.predict_logits(model, split, 10) for split in (sample["val"], small)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(engine.predict_logits, model, (sample["val"], small)[n % 2], 10) for n in range(20)]
+        results = [job.result() for job in jobs]
+    assert all(torch.equal(result, expected[n % 2]) for n, result in enumerate(results))
+    assert model.conv_relu_pool is models.conv_relu_pool
 
 
 def test_tensors_that_pytorch_negates_later_and_gradients_by_functions_are_as_without_kernels(sample):
