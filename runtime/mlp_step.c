@@ -120,19 +120,27 @@ static void read_images(const uint8_t *images, const int64_t *index, float *x, i
     }
 }
 
+/* Add the products of ROWS images and COLUMNS units, WIDE inputs of each. */
+INLINE void multiply(wide *sum, const float *image, const float *weight, int inputs) {
+    wide column[COLUMNS];
+    UNROLL for (int j = 0; j < COLUMNS; j++) column[j] = held(at(weight + (size_t)j * inputs));
+    UNROLL for (int i = 0; i < ROWS; i++) {
+        wide row = held(at(image + i * PANEL));
+        UNROLL for (int j = 0; j < COLUMNS; j++) sum[i * COLUMNS + j] += row * column[j];
+    }
+}
+
 /* ReLU of the first layer, for WIDE units from `first` on -> hidden_units (n, hidden). */
 static void forward(const float *x, const float *weight, const float *bias, float *hidden_units, int n, int inputs,
                     int hidden, int first) {
     for (int b = 0; b < n; b += ROWS) /* a tile over the end computes more rows of x, which count for nothing */
         for (int unit = first; unit < first + WIDE; unit += COLUMNS) {
             wide sum[WIDE] = {{0}};
-            for (int k = 0; k < inputs; k += WIDE) {
-                const float *image = x + k / PANEL * stride(PART) + (size_t)b * PANEL + k % PANEL;
-                const float *w = weight + (size_t)unit * inputs + k;
-                UNROLL for (int i = 0; i < ROWS; i++)
-                    UNROLL for (int j = 0; j < COLUMNS; j++)
-                        sum[i * COLUMNS + j] += at(image + i * PANEL) * at(w + j * inputs);
-            }
+            const float *image = x + (size_t)b * PANEL, *w = weight + (size_t)unit * inputs;
+            int k = 0;
+            for (; k + PANEL <= inputs; k += PANEL, image += stride(PART))
+                UNROLL for (int v = 0; v < 2; v++) multiply(sum, image + v * WIDE, w + k + v * WIDE, inputs);
+            if (k < inputs) multiply(sum, image, w + k, inputs);
             wide result = sums(sum);
             for (int i = 0; i < ROWS; i++)
                 for (int j = 0; j < COLUMNS; j++) {
@@ -194,24 +202,30 @@ INLINE void update(const struct adam *a, struct part part, struct tensor t, cons
         __builtin_prefetch(t.weight + soon, 1), __builtin_prefetch(t.mean + soon, 1);
         __builtin_prefetch(t.square + soon, 1);
     }
-    for (int b = 0; b < part.size; b++)
-        UNROLL for (int u = 0; u < UNITS; u++)
-            UNROLL for (int v = 0; v < many; v++) sum[u][v] += delta[b * WIDE + u] * at(x + b * PANEL + v * WIDE);
+    for (int b = 0; b < part.size; b++) {
+        wide pixels[2];
+        UNROLL for (int v = 0; v < many; v++) pixels[v] = held(at(x + b * PANEL + v * WIDE));
+        UNROLL for (int u = 0; u < UNITS; u++) {
+            wide d = held(all(delta[b * WIDE + u]));
+            UNROLL for (int v = 0; v < many; v++) sum[u][v] += d * pixels[v];
+        }
+    }
     UNROLL for (int i = 0; i < UNITS * many; i++)
         use(a, part, t, place + (size_t)(i / many) * inputs + i % many * WIDE, sum[i / many][i % many]);
 }
 
-/* The same for all inputs of WIDE units from `first` on. */
+/* The same for all inputs of the units from `first` to `last`. */
 static void update_rows(const struct adam *a, struct part part, struct tensor t, const float *x, const float *delta,
-                        int inputs, int first) {
+                        int inputs, int first, int last) {
     for (int k = 0; k < inputs; k += PANEL)
-        for (int unit = 0; unit < WIDE; unit += UNITS) {
+        for (int unit = first; unit < last; unit += UNITS) {
             const float *panel = x + k / PANEL * stride(PART);
-            size_t place = (size_t)(first + unit) * inputs + k;
+            const float *own = delta + (size_t)(unit - first) / WIDE * PART * WIDE + (unit - first) % WIDE;
+            size_t place = (size_t)unit * inputs + k;
             if (k + PANEL <= inputs)
-                update(a, part, t, panel, delta + unit, inputs, place, 2);
+                update(a, part, t, panel, own, inputs, place, 2);
             else
-                update(a, part, t, panel, delta + unit, inputs, place, 1);
+                update(a, part, t, panel, own, inputs, place, 1);
         }
 }
 
@@ -235,7 +249,7 @@ static double answer(struct part part, const float *hidden_units, const float *s
 /* How many floats the threads need as room: the hidden units, which they share, and each thread's own. */
 size_t room(int inputs, int hidden, int threads) {
     size_t panels = (inputs + PANEL - 1) / PANEL;
-    size_t own = panels * stride(PART) + PART * (WIDE + CLASSES) + (size_t)CLASSES * (hidden + 1);
+    size_t own = panels * stride(PART) + (size_t)PART * (hidden + CLASSES) + (size_t)CLASSES * (hidden + 1);
     return (size_t)PART * hidden + threads * own;
 }
 
@@ -262,7 +276,7 @@ void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels
         const int thread = omp_get_thread_num(), team = omp_get_num_threads(), groups = hidden / WIDE;
         const int from = groups * thread / team * WIDE, to = groups * (thread + 1) / team * WIDE;
         float *x = given + shared + own * thread, *delta = x + (inputs + PANEL - 1) / PANEL * stride(PART);
-        float *error = delta + PART * WIDE, *second = error + PART * CLASSES, *bias = second + CLASSES * hidden;
+        float *error = delta + (size_t)PART * hidden, *second = error + PART * CLASSES, *bias = second + CLASSES * hidden;
         part.size = n - part.from < PART ? n - part.from : PART;
         memset(second, 0, sizeof(float) * CLASSES * (hidden + 1));
         memcpy(second, t[2].weight, sizeof(float) * classes * hidden);
@@ -277,10 +291,9 @@ void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels
             total += sum;
             use_few(a, part, t[3], bias, classes);
         }
-        for (int first = from; first < to; first += WIDE) {
-            backward(a, part, t, error, given, second, delta, hidden, first, classes);
-            update_rows(a, part, t[0], x, delta, inputs, first);
-        }
+        for (int first = from; first < to; first += WIDE)
+            backward(a, part, t, error, given, second, delta + (size_t)PART * (first - from), hidden, first, classes);
+        update_rows(a, part, t[0], x, delta, inputs, from, to);
 #pragma omp barrier
     }
     *loss = (float)(total / n);

@@ -9,6 +9,7 @@ the machine: after each, the threads wait for one another. The results differ fr
 depend on the number of threads.
 """
 
+import copy
 import ctypes
 import math
 import time
@@ -62,7 +63,13 @@ class Step:
     def __init__(self, parameters: list[nn.Parameter], adam: FusedAdam | None, team: Team):
         self.parameters, self.adam, self.team = parameters, adam, team
         self.gradients = [torch.empty_like(parameter) for parameter in parameters]
-        self.room = torch.empty(0)
+        self.tensors = self._tensors()
+        self.library = kernels.library("mlp_step")
+        self.library.room.restype = ctypes.c_size_t
+        self.hidden, self.room = len(parameters[0]), torch.empty(0)
+
+    def __deepcopy__(self, memo: dict) -> "Step":
+        return Step(*copy.deepcopy((self.parameters, self.adam, self.team), memo))
 
     def __call__(
         self, images: torch.Tensor, index: torch.Tensor, labels: torch.Tensor
@@ -72,20 +79,17 @@ class Step:
         images: uint8 (any, 28, 28); index int64 (n,): which of them; labels int64 (n,): theirs, from 0 to 9. All are
         contiguous. Returns the mean loss in nats, float32 (), and the logits, float32 (n, 10).
         """
-        library, hidden = kernels.library("mlp_step"), len(self.parameters[0])
         n, threads = len(index), 1 if self.team.alone else torch.get_num_threads()
-        library.room.restype = ctypes.c_size_t
-        if len(self.room) < (room := library.room(INPUTS, hidden, threads)):
+        if len(self.room) < (room := self.library.room(INPUTS, self.hidden, threads)):
             self.room = torch.empty(room, dtype=torch.float32)
         loss, logits = torch.empty((), dtype=torch.float32), torch.empty(n, CLASSES, dtype=torch.float32)
         options = (ctypes.c_double * 4)(*self.adam.options()) if self.adam else None
-        tensors = self._tensors()
+        places = (ctypes.c_void_p * len(self.tensors))(*[each.data_ptr() for each in self.tensors])
         start = time.perf_counter()
-        library.mlp_step(
-            *map(_pointer, (images, index, labels)),
-            *((ctypes.c_void_p * len(tensors))(*[each.data_ptr() for each in tensors]), options),
+        self.library.mlp_step(
+            *(*map(_pointer, (images, index, labels)), places, options),
             *map(_pointer, (self.room, loss, logits)),
-            *(n, INPUTS, hidden, CLASSES, threads),
+            *(n, INPUTS, self.hidden, CLASSES, threads),
         )
         self.team.took(time.perf_counter() - start)
         for parameter, gradient in () if self.adam else zip(self.parameters, self.gradients, strict=True):

@@ -24,7 +24,15 @@ typedef VECTOR(uint8_t, WIDE) wide_bytes;
 
 INLINE wide at(const float *x) { return *(const wide *)x; }
 INLINE void put(float *x, wide values) { *(wide *)x = values; }
-INLINE wide all(float x) { return (wide){0} + x; }
+INLINE wide all(float x) { return x - (wide){0}; }
+
+/* Keep a value in a register: GCC would load it anew for each use, and loads are the bottleneck. */
+INLINE wide held(wide values) {
+#ifdef __AVX__
+    __asm__("" : "+v"(values));
+#endif
+    return values;
+}
 
 /* Whether all these numbers are so small that no sum of 300 products of two overflows. NaN is not. */
 INLINE int small(const float *x, int n) {
