@@ -7,6 +7,8 @@ the corners, bring the longest edge to 28 pixels, sharpen, centre on 28x28, nega
 a dark background is not negated, and the background always ends as black, however bright it was.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -21,17 +23,31 @@ SHARPEN = ImageFilter.Kernel(  # a Gaussian of sigma 1, at half the publisher's 
 )
 
 
+class Conversion(NamedTuple):
+    """A picture, and what became of it."""
+
+    picture: Image.Image  # RGB
+    mask: np.ndarray  # bool (height, width): what was taken for the object
+    pixels: np.ndarray  # uint8 (28, 28), the object light on black
+    notes: tuple[str, ...] = ()  # what may have gone wrong, in words
+
+
 def convert(picture: Image.Image) -> np.ndarray:
     """Convert an RGB picture to an image like the data set's: uint8 (28, 28), the object light on black.
 
     An image of the data set itself is returned unchanged. Raises PictureError if all pixels have one colour.
     """
+    return explain(picture).pixels
+
+
+def explain(picture: Image.Image) -> Conversion:
+    """Convert an RGB picture as convert does, and keep what shows how. Raises PictureError like convert."""
     pixels = np.asarray(picture)  # uint8 (height, width, 3)
     if is_native(pixels):
-        return pixels[..., 0].copy()
+        return Conversion(picture, pixels[..., 0] > 0, pixels[..., 0].copy())
     background, is_object = _find_background(pixels)
     fitted = _fit(picture.crop(_bounding_box(is_object)))
-    return _light_on_black(_centre(fitted, background), background)
+    return Conversion(picture, is_object, _light_on_black(_centre(fitted, background), background))
 
 
 def is_native(pixels: np.ndarray) -> bool:
