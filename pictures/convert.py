@@ -27,7 +27,7 @@ class Conversion(NamedTuple):
     """A picture, and what became of it."""
 
     picture: Image.Image  # RGB
-    mask: np.ndarray  # bool (height, width): what was taken for the object
+    mask: np.ndarray  # bool (height, width): what counts as the object
     pixels: np.ndarray  # uint8 (28, 28), the object light on black
     notes: tuple[str, ...] = ()  # what may have gone wrong, in words
 
