@@ -9,6 +9,8 @@ import functools
 import hashlib
 import inspect
 import json
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -46,6 +48,19 @@ def reachable(source: str, start: str) -> str:
         left = [statement for statement in left if statement not in found]
         names |= {name for statement in found for name in _names(statement)} - {TABLE}
     return json.dumps([_plain(statement) for statement in sorted(reached, key=lambda node: node.lineno)])
+
+
+def digest(*functions: Callable) -> str | None:
+    """Compute 16 hexadecimal digits for the code of functions; None where the code of one lies in no file.
+
+    Comments, docstrings, type hints and the version of Python do not change it.
+    """
+    try:
+        sources = [textwrap.dedent(inspect.getsource(function)) for function in functions]
+        plain = [[_plain(each) for each in _without_hints(ast.parse(source)).body] for source in sources]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
 
 def _without_hints(tree: ast.Module) -> ast.Module:
