@@ -180,6 +180,14 @@ class Draws:
         """Draw a number in [0, 1) for each image: float32 (b,)."""
         return torch.rand(self.n, device=self.device)[self.part]
 
+    def between(self, low: float, high: float) -> torch.Tensor:
+        """Draw a number from low to high for each image: float32 (b, 1, 1), to calculate with images."""
+        return low + (high - low) * self.uniform().view(-1, 1, 1)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Draw numbers of mean 0 and deviation 1, so many for each image: float32 (b, *shape)."""
+        return torch.randn(self.n, *shape, device=self.device)[self.part]
+
     def integers(self, high: int, rows: int = 1) -> torch.Tensor:
         """Draw whole numbers from 0 to high - 1: int64 (rows, b)."""
         return torch.randint(high, (rows, self.n), device=self.device)[:, self.part]
@@ -188,6 +196,8 @@ class Draws:
 AUGMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {}  # by name, in the order in which they are applied
 Share = Annotated[float, SHARE]  # with a kind of runtime/schema.py, which recipes and files must keep to
 Pixels = Annotated[int, Number(0, 28, whole=True)]
+Degrees = Annotated[float, Number(0, 180)]
+Deviation = Annotated[float, Number(0, 28)]  # of a Gaussian, in pixels
 
 
 def augmentation(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -215,15 +225,90 @@ def shift(images: torch.Tensor, draw: Draws, pixels: Pixels, still: Share = 0.0)
 
 
 @augmentation
-def erase(images: torch.Tensor, draw: Draws, side: Pixels) -> torch.Tensor:
-    """Blacken a square of so many pixels a side around any pixel, cut off at the border.
+def warp(
+    images: torch.Tensor, draw: Draws, share: Share, degrees: Degrees, scale: Share, pixels: Pixels
+) -> torch.Tensor:  # fmt: skip
+    """Turn, stretch, slant and move this share of the images, each by up to so much; black comes in."""
+    angle, slant = torch.deg2rad(draw.between(-degrees, degrees)), draw.between(-scale, scale)
+    wide, high = draw.between(1 - scale, 1 + scale), draw.between(1 - scale, 1 + scale)
+    right, down = (draw.between(-pixels, pixels) * 2 / images.shape[-1] for _ in range(2))
+    cos, sin = angle.cos(), angle.sin()
+    rows = torch.cat([wide * cos, slant - sin, right], 2), torch.cat([sin, high * cos, down], 2)
+    grid = F.affine_grid(torch.cat(rows, 1), [len(images), 1, *images.shape[1:]], align_corners=False)
+    moved = F.grid_sample(images.unsqueeze(1).float(), grid, align_corners=False).squeeze(1)
+    return torch.where(draw.between(0, 1) < share, _to_pixels(moved), images)
+
+
+@augmentation
+def light(images: torch.Tensor, draw: Draws, share: Share, strength: Share) -> torch.Tensor:
+    """Change the brightness of this share of the images, by a power and a factor of up to this strength."""
+    power, factor = draw.between(-strength, strength).exp(), draw.between(1 - strength, 1)
+    changed = _to_pixels((images / 255) ** power * 255 * factor)
+    return torch.where(draw.between(0, 1) < share, changed, images)
+
+
+@augmentation
+def clutter(images: torch.Tensor, draw: Draws, share: Share, pixels: Pixels) -> torch.Tensor:
+    """Cover up to so many pixels along a part of an edge by grey, in this share of the images: what lies beside."""
+    side, (near, far) = images.shape[-1], draw.integers(images.shape[-1], rows=2).sort(0).values.view(2, -1, 1)
+    depth, place = draw.between(0, pixels), torch.arange(side, device=images.device)
+    along = ((place >= near) & (place <= far)).unsqueeze(1)  # (b, 1, side)
+    strips = along & (place.view(1, -1, 1) < depth)  # at the upper edge
+    turned = torch.stack([strips, strips.flip(1), strips.transpose(1, 2), strips.flip(1).transpose(1, 2)])
+    chosen = turned[draw.integers(4)[0], torch.arange(len(images), device=images.device)]
+    grey = _to_pixels(draw.between(0, 256))
+    return torch.where(chosen & (draw.between(0, 1) < share), grey, images)
+
+
+@augmentation
+def veil(images: torch.Tensor, draw: Draws, share: Share, strength: Share) -> torch.Tensor:
+    """Lay a grey that changes evenly over what is darker, in this share of the images: remains of a background."""
+    place = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    slopes = draw.between(-1, 1) * place + draw.between(-1, 1) * place.unsqueeze(1)
+    grey = _to_pixels(255 * strength * draw.between(0, 1) * (1 + slopes) / 2)
+    return torch.where(draw.between(0, 1) < share, images.maximum(grey), images)
+
+
+@augmentation
+def erase(images: torch.Tensor, draw: Draws, side: Pixels, share: Share = 1.0) -> torch.Tensor:
+    """Blacken a square of so many pixels a side around any pixel, cut off at the border, in this share of the images.
 
     Cutout: DeVries and Taylor 2017, arXiv:1708.04552.
     """
     place = torch.arange(images.shape[-1], device=images.device)
     rows, columns = draw.integers(images.shape[-1], rows=2).unsqueeze(2) - side // 2
     in_rows, in_columns = ((start <= place) & (place < start + side) for start in (rows, columns))
-    return images.masked_fill(in_rows.unsqueeze(2) & in_columns.unsqueeze(1), 0)
+    square = in_rows.unsqueeze(2) & in_columns.unsqueeze(1)
+    return images.masked_fill(square & (draw.between(0, 1) < share) if share < 1 else square, 0)
+
+
+@augmentation
+def blur(images: torch.Tensor, draw: Draws, share: Share, deviation: Deviation) -> torch.Tensor:
+    """Blur this share of the images by a Gaussian of up to this deviation, in pixels."""
+    place = torch.arange(images.shape[-1], device=images.device)
+    distance = (place - place.unsqueeze(1)) / draw.between(0, deviation).clamp(min=0.1)
+    weights = torch.softmax(-(distance**2) / 2, 2)  # (b, side, side): those of each row add up to 1
+    blurred = _to_pixels(weights @ images.float() @ weights.transpose(1, 2))
+    return torch.where(draw.between(0, 1) < share, blurred, images)
+
+
+@augmentation
+def fade(images: torch.Tensor, draw: Draws, share: Share, least: Share) -> torch.Tensor:
+    """Reduce the contrast of this share of the images: each pixel's distance from the mean, to `least` or more."""
+    mean = images.float().mean((1, 2), keepdim=True)
+    faded = _to_pixels(mean + (images - mean) * draw.between(least, 1))
+    return torch.where(draw.between(0, 1) < share, faded, images)
+
+
+@augmentation
+def noise(images: torch.Tensor, draw: Draws, share: Share, deviation: Share) -> torch.Tensor:
+    """Add Gaussian noise of up to this deviation, as a share of the grey range, to this share of the images."""
+    noisy = _to_pixels(images + 255 * draw.between(0, deviation) * draw.normal(*images.shape[1:]))
+    return torch.where(draw.between(0, 1) < share, noisy, images)
+
+
+def _to_pixels(values: torch.Tensor) -> torch.Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)
 
 
 def augment(
@@ -239,7 +324,7 @@ def augment(
     if unknown := augmentations.keys() - AUGMENTATIONS.keys():
         check_values({name: augmentations[name] for name in unknown})
     for name, function in AUGMENTATIONS.items():
-        if name in augmentations:
+        if name in augmentations and len(images):
             images = function(images, draw, *_listed(augmentations[name]))
     return images
 

@@ -32,6 +32,18 @@ class Recipe(NamedTuple):
     fused: bool = False  # use the compiled kernels of runtime/, whose rounding differs from PyTorch's
 
 
+ROBUST = {  # the first value is a share of the images
+    "flip": 0.5,
+    "warp": [0.5, 30, 0.2, 4],
+    "light": [0.3, 0.5],
+    "clutter": [0.1, 6],
+    "veil": [0.1, 0.3],
+    "erase": [12, 0.3],
+    "blur": [0.25, 2.0],
+    "fade": [0.25, 0.2],
+    "noise": [0.25, 0.26],
+}
+
 RECIPES: dict[str, dict[str, Recipe]] = {
     # The published protocol. Its values never change.
     "published": {
@@ -72,6 +84,17 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "cnn": Recipe(
             epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3,
             augment={"flip": 0.5, "shift": 1}, distillation=0.5, select="last", precision="auto", fused=True,
+        ),
+    },
+    # Trained for the world outside: what photos, their conversion and the corruptions of docs/mistakes.md do to images.
+    "robust": {
+        "cnn": Recipe(
+            epochs=100, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.03, warmup=0.3, precision="auto",
+            augment=ROBUST, fused=True,
+        ),
+        "resnet": Recipe(
+            epochs=65, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, precision="auto",
+            augment=ROBUST,
         ),
     },
 }  # fmt: skip

@@ -28,9 +28,9 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--select",
         choices=recipes.SELECTIONS,
-        help="what chooses the epoch that is kept: 5,000 held-out training images (val, the default of published), the "
-        "test set itself, as published (test), or nothing: it trains on all 60,000 images and keeps the last epoch "
-        "(last, the default of the other recipes)",
+        help="what chooses the epoch that is kept: 5,000 held-out training images (val, the default of published and "
+        "robust), the test set itself, as published (test), or nothing: it trains on all 60,000 images and keeps the "
+        "last epoch (last, the default of the other recipes)",
     )
     parser.add_argument("--deterministic", action="store_true", help="refuse GPU operations that vary from run to run")
     add_record(parser)
@@ -45,7 +45,7 @@ def add_recipe(parser: cli.Parser) -> None:
         choices=recipes.RECIPES,
         help="how to train, a row of recipes.py (default: published; of resnet: best). fast takes the least time. best "
         "reaches the highest accuracy, in minutes; of resnet in half an hour, or hours where the processor has no "
-        "bfloat16. distilled learns from the answers of a --teacher",
+        "bfloat16. robust is for photos. distilled learns from the answers of a --teacher",
     )
     parser.add_argument(
         "--teacher",
@@ -72,7 +72,7 @@ def add_recipe(parser: cli.Parser) -> None:
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the matrix products: auto is bfloat16 where the processor multiplies it natively, else float32 "
-        "(default: the recipe's: float32 as published, else auto); float16 is for GPUs",
+        "(default: the recipe's: float32 for published and fast, else auto); float16 is for GPUs",
     )
 
 

@@ -12,8 +12,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 import data
+import engine
+import metrics
 
 SEED = 28  # of the corruptions alone: every model sees the same harder images
 STRENGTHS = {  # by kind, the amounts of strengths 1 to 5, and their unit
@@ -36,6 +40,17 @@ def corrupt(images: torch.Tensor, kind: str, strength: int) -> torch.Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(*data.derive_seeds(SEED, KINDS.index(kind), strength))
         return CORRUPTIONS[kind](images.unsqueeze(1), amount).squeeze(1)
+
+
+def accuracies(model: nn.Module, split: data.Split) -> dict[str, list[float]]:
+    """Measure a model's accuracy on a split on the CPU, by kind, at strengths 1 to 5."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    device = next(model.parameters()).device
+    steps = [(kind, strength) for kind in KINDS for strength in range(1, 6)]
+    for kind, strength in tqdm(steps, desc="robustness", disable=None, unit=" sets"):
+        harder = split._replace(images=corrupt(split.images, kind, strength)).to(device)
+        found[kind].append(metrics.accuracy(engine.predict_logits(model, harder), split.labels))
+    return found
 
 
 def _transforms() -> ModuleType:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -288,18 +287,8 @@ class _Trainer:
             **{figure: measured[figure] for figure in ("n", "accuracy", "accuracy_ci95", "log_loss", "ece")},
             "predicted": "".join(map(str, chances.argmax(1))),  # a digit for each test image
             "findings": mistakes.check_findings(records, test.classes),
-            "robustness": self._robustness(model),
+            "robustness": corruptions.accuracies(model, test),
         }
-
-    def _robustness(self, model: nn.Module) -> dict[str, list[float]]:
-        """Measure the accuracy at strengths 1 to 5 of every kind of corruption."""
-        found: dict[str, list[float]] = {kind: [] for kind in corruptions.KINDS}
-        steps = [(kind, strength) for kind in corruptions.KINDS for strength in range(1, 6)]
-        for kind, strength in tqdm(steps, desc="robustness", disable=None, unit=" sets"):
-            harder = self.test._replace(images=corruptions.corrupt(self.test.images, kind, strength))
-            logits = engine.predict_logits(model, harder.to(self.device))
-            found[kind].append(metrics.accuracy(logits, self.test.labels))
-        return found
 
     def train_fold(self, name: str, key: Key) -> Result:
         """Train on all images but the fold's, and keep the probabilities of these."""

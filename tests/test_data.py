@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -566,6 +567,52 @@ def test_augmentation_mirrors_moves_and_erases_as_asked(sample):
     assert torch.equal(images, sample["train"].images[:200])  # the split itself is never changed
 
 
+@pytest.mark.parametrize("name", [name for name in recipes.ROBUST if name != "flip"])
+def test_augmentations_of_robust_change_the_share_of_the_images_that_was_asked_for(name, sample):
+    images, values = sample["train"].images[:400], recipes.ROBUST[name]
+    place = 1 if name == "erase" else 0  # of the share among the values
+
+    def changed(share):
+        torch.manual_seed(0)
+        asked = [*values[:place], share, *values[place + 1 :]]
+        result = data.augment(images, {name: asked})
+        assert result.dtype == torch.uint8
+        return (result != images).any(1).any(1)
+
+    everywhere = changed(1.0)
+    assert not changed(0.0).any()
+    assert everywhere.float().mean() > 0.75
+    assert 0.3 < changed(0.5).sum() / everywhere.sum() < 0.7
+    assert torch.equal(images, sample["train"].images[:400])
+
+
+def test_each_augmentation_of_robust_does_what_it_says(sample):
+    images = sample["train"].images[:300]
+    augment = partial(data.augment, images)
+    torch.manual_seed(0)
+    assert torch.equal(augment({"warp": [1.0, 0, 0, 0]}), images)  # by nothing
+    turned = augment({"warp": [1.0, 90, 0, 0]}).float()
+    assert (turned.sum((1, 2)) / images.float().sum((1, 2)) - 1).abs().median() < 0.05  # as many bright pixels
+    assert not torch.equal(turned[:, :14], images[:, :14].float())
+    brighter = augment({"light": [1.0, 0.5]})
+    assert torch.equal((brighter == 0)[images == 0], torch.ones_like(images[images == 0], dtype=torch.bool))
+    covered = (augment({"clutter": [1.0, 6]}) != images).float().mean(0)
+    assert covered[6:22, 6:22].max() == 0
+    assert covered[0].mean() > 0.03
+    veiled = augment({"veil": [1.0, 0.3]})
+    assert (veiled >= images).all()
+    assert (veiled[images == 0] > 0).float().mean() > 0.5
+    blurred = augment({"blur": [1.0, 2.0]}).float()
+    assert (blurred.diff(dim=2).abs().mean() < 0.8 * images.float().diff(dim=2).abs().mean()).item()
+    spread = [each.float().std((1, 2)) for each in (augment({"fade": [1.0, 0.2]}), images)]
+    assert (spread[0] < spread[1] + 1).all()
+    assert 0.4 < (spread[0] / spread[1]).mean() < 0.8
+    grey = torch.full((300, 28, 28), 128, dtype=torch.uint8)
+    deviations = data.augment(grey, {"noise": [1.0, 0.2]}).float().std((1, 2))
+    assert deviations.max() < 0.21 * 255
+    assert deviations.mean() == pytest.approx(0.1 * 255, rel=0.1)
+
+
 def test_augmentations_are_applied_in_one_order_however_a_recipe_writes_them(sample):
     images, values = sample["train"].images[:50], {"flip": 0.5, "shift": [2, 0.3], "erase": 6}
     results = []
@@ -577,13 +624,13 @@ def test_augmentations_are_applied_in_one_order_however_a_recipe_writes_them(sam
 
 def test_an_augmentation_that_is_misspelt_or_unused_is_one_clear_line(sample, monkeypatch):
     data.check_augmentations(recipes.RECIPES)  # which are right
-    with pytest.raises(UserError, match=r"augmentation 'filp' is not in data\.py, which has flip, shift, erase"):
+    with pytest.raises(UserError, match=r"augmentation 'filp' is not in data\.py, which has flip, shift, warp, light"):
         data.augment(sample["train"].images[:5], {"filp": 0.5})
     row = recipes.Recipe(epochs=1, augment={"filp": 0.5})
     with pytest.raises(UserError, match=r"^recipes\.py, row best, cnn: augmentation 'filp' is not in data\.py"):
         data.check_augmentations({"best": {"cnn": row}})
-    monkeypatch.setattr(data, "AUGMENTATIONS", data.AUGMENTATIONS | {"blur": data.flip})
-    with pytest.raises(UserError, match=r"no row of recipes\.py uses the augmentation 'blur'"):
+    monkeypatch.setattr(data, "AUGMENTATIONS", data.AUGMENTATIONS | {"smear": data.flip})
+    with pytest.raises(UserError, match=r"no row of recipes\.py uses the augmentation 'smear'"):
         data.check_augmentations(recipes.RECIPES)
 
 

@@ -19,6 +19,7 @@ import data
 import engine
 import metrics
 import models
+import recipes
 
 PROCESSES = 2
 FLAGS = ["--model", "cnn", "--epochs", 5, "--batch-size", 33]
@@ -108,13 +109,15 @@ def test_each_image_is_seen_once_an_epoch_by_one_process(sample, world):
 
 def test_augmentation_does_not_depend_on_who_does_it(sample):
     images = sample["train"].images[:50]
-    everything = {"flip": 0.5, "shift": [2, 0.3], "erase": 6}
+    everything = recipes.ROBUST | {"shift": [2, 0.3]}
     torch.manual_seed(0)
     whole = data.augment(images, everything)
     for rank in range(3):
         part = data.share(50, rank, 3)
         torch.manual_seed(0)
         assert torch.equal(data.augment(images[part], everything, n=50, part=part), whole[part])
+    none = slice(50, 50)  # a process that has no image of a batch
+    assert len(data.augment(images[none], everything, n=50, part=none)) == 0
 
 
 @pytest.mark.parametrize(
