@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "figure.titleweight": "bold",
     "text.parse_math": False,  # a $ in the name of a class or a file is a $
 }
+BEHIND = (226, 180, 205)  # stands for a background that was removed
 COLUMNS = 5  # pictures a row
 COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
 REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
@@ -157,20 +158,32 @@ def mistakes(images: Sequence[ArrayLike], records: Rows, title: str) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def seen(rows: Sequence[tuple[str, ArrayLike, Sequence[tuple[str, float]]]]) -> Figure:
-    """Draw pictures as the network sees them, each with the most probable class and the name of its file.
+def seen(rows: Sequence[tuple[str, str, ArrayLike, ArrayLike, ArrayLike, Sequence[str]]]) -> Figure:
+    """Draw pictures, what counts as the object of each, and what the network saw.
 
-    rows: (name of the file, uint8 (28, 28), [(class, probability), ...] most probable first), of classify.classify.
+    rows: (name of the file, answer, picture uint8 (height, width, 3), mask bool (height, width), pixels uint8 (28, 28),
+    notes).
     """
-    figure, cells = _picture_grid(len(rows), min(len(rows), COLUMNS))
-    for axes, (name, pixels, classes) in zip(cells, rows, strict=False):
-        axes.imshow(np.asarray(pixels), cmap="gray", vmin=0, vmax=255)
-        best, probability = classes[0]
-        axes.text(13.5, -4.6, _shortened(best, 20), ha="center", color=ORANGE, weight="bold")
-        axes.text(13.5, -1.5, _percent(probability), ha="center", color=ORANGE)
-        short = name if len(name) <= 26 else f"…{name[-25:]}"
-        axes.text(13.5, 28.2, short, ha="center", va="top", size=8, color=SOFT)
+    figure, cells = _picture_grid(3 * len(rows), 3 * min(len(rows), 2))
+    for number, (name, answer, picture, mask, pixels, notes) in enumerate(rows):
+        views = cells[3 * number : 3 * number + 3]
+        shown = np.where(np.asarray(mask)[..., None], picture, BEHIND).astype(np.uint8)
+        for axes, view in zip(views, (picture, shown, pixels), strict=True):
+            axes.imshow(np.asarray(view), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        short = name if len(name) <= 44 else f"…{name[-43:]}"
+        for text, y, style in (
+            (short, 1.16, {"size": 8, "color": SOFT}),
+            (answer, 1.03, {"color": ORANGE, "weight": "bold"}),
+            (_shortened("; ".join(notes), 70), -0.04, {"size": 8, "color": DARK, "va": "top"}),
+        ):
+            views[0].text(*_left(views[0], y), text, transform=figure.transFigure, **style)
     return figure
+
+
+def _left(axes: Axes, y: float) -> tuple[float, float]:
+    """Return a point of the figure at the left of a cell, whatever the shape of its picture."""
+    cell = axes.get_position(original=True)
+    return cell.x0, cell.y0 + y * cell.height
 
 
 def _picture_grid(n: int, columns: int, above: float = 0) -> tuple[Figure, list[Axes]]:
@@ -434,6 +447,27 @@ def _bench_bars(axes: Axes, bars: Mapping[str, float]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4 * max(bars.values()))
     axes.tick_params(axis="y", length=0)
+
+
+@matplotlib.rc_context(STYLE)
+def strength(rows: Rows) -> Figure:
+    """Draw accuracies against the strength of an augmentation.
+
+    rows: dicts with strength, and the accuracies plain, mirrored and corrupted.
+    """
+    figure = _figure(3.6)
+    axes = figure.subplots()
+    lines = (("plain", "held-out images", BLUE), ("mirrored", "mirrored", SKY), ("corrupted", "corrupted", ORANGE))
+    for key, name, colour in lines:
+        points = [(row["strength"], 100 * row[key]) for row in rows]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+        for x, y in points:
+            if key != "mirrored":
+                axes.annotate(f"{y:.1f}%", (x, y), (0, 7), textcoords="offset points", ha="center", color=colour)
+    axes.set(xlabel="strength of the augmentation (1: recipe robust)", ylabel="accuracy, %", ylim=(70, 97))
+    axes.set_xticks([row["strength"] for row in rows])
+    axes.legend(loc="lower right", frameon=False)
+    return figure
 
 
 def _figure(height: float) -> Figure:

@@ -21,7 +21,7 @@ import pyarrow as arrow
 import pytest
 import torch
 from conftest import ROOT, in_a_fork, start_fork
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageDraw, TiffImagePlugin
 from pyarrow import parquet
 
 import checkpoint
@@ -30,7 +30,7 @@ from dataset.forms import PARQUET
 from dataset.forms import decode as decode_of_a_set
 from dataset.idx import DataError
 from pictures import worker
-from pictures.convert import convert
+from pictures.convert import convert, explain
 from pictures.decode import decode
 from pictures.read import PictureError, files_below, read
 from runtime import cli
@@ -88,6 +88,62 @@ def test_the_background_may_be_light_or_dark(images):
         assert np.abs(light.astype(int) - dark).mean() < 1
     grey = Image.eval(enlarged(images[0], chance), lambda value: value * 200 // 255)
     assert seen(saved(grey))[0, 0] == 0  # a grey background becomes black, too
+
+
+def on_cloth(image, colour, chance):
+    """A test image as a photo of a garment on checked cloth of this colour: RGB."""
+    edge, gap = 28 * chance.randrange(5, 10), chance.randrange(20, 80)
+    side = edge + 2 * gap
+    rows, columns = np.mgrid[:side, :side] // 10
+    cloth = np.array(colour) + 16 * ((rows + columns) % 2)[..., None] + chance.randrange(8)
+    canvas = Image.fromarray(cloth.clip(0, 255).astype(np.uint8))
+    alpha = Image.fromarray(np.where(image > 12, 255, 0).astype(np.uint8)).resize((edge, edge), INTERPOLATIONS[1])
+    garment = Image.fromarray(255 - image).resize((edge, edge), INTERPOLATIONS[1])
+    canvas.paste(garment.convert("RGB"), (gap, gap), alpha)
+    return canvas
+
+
+def answers(pictures, sample):
+    model, _ = checkpoint.load(ROOT / "checkpoints" / "distilled" / "best_cnn_fmnist.pt")
+    pixels = torch.from_numpy(np.stack(pictures))
+    split = sample["test"]._replace(images=pixels, labels=torch.zeros(len(pixels), dtype=torch.int64))
+    return engine.predict_logits(model, split).argmax(1).numpy()
+
+
+@pytest.mark.parametrize("colour", [(90, 20, 30), (150, 190, 220)], ids=["dark", "light"])
+def test_a_garment_on_cloth_is_found_and_its_answer_is_stable(images, sample, colour):
+    chance = random.Random(0)
+    some = images[:60]
+    scenes = [on_cloth(image, colour, chance) for image in some]
+    found = answers([convert(scene) for scene in scenes], sample)
+    assert (found == answers(list(some), sample)).mean() > 0.85
+    anew = [seen(saved(scene, "JPEG", quality=chance.choice([80, 95]))) for scene in scenes]
+    cropped = [convert(scene.crop((2, 2, scene.width - 2, scene.height - 2))) for scene in scenes]
+    assert (found != answers(anew, sample)).mean() < 0.05
+    assert (found != answers(cropped, sample)).mean() < 0.07
+
+
+def test_a_corner_a_speck_and_a_frame_count_for_nothing(images):
+    garment = enlarged(images[0], random.Random(3)).convert("RGB")
+    expected = convert(garment).astype(int)
+    marked = garment.copy()
+    marked.paste("red", (0, 0, 3, 3))
+    framed = Image.new("RGB", (garment.width + 12, garment.height + 12), "black")
+    framed.paste(garment, (6, 6))
+    for picture in (marked, framed, garment.crop((1, 1, garment.width - 1, garment.height - 1))):
+        assert np.abs(convert(picture) - expected).mean() < 6
+
+
+def test_a_person_is_cropped_at_the_neck_and_said(images):
+    picture = Image.new("RGB", (300, 460), (120, 150, 110))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((120, 20, 180, 105), fill=(205, 160, 135))
+    draw.rectangle((138, 95, 162, 135), fill=(205, 160, 135))
+    draw.polygon([(138, 122), (162, 122), (250, 150), (240, 440), (60, 440), (50, 150)], fill=(30, 30, 60))
+    found = explain(picture)
+    assert found.notes == ("someone seems to wear it",)
+    assert not found.mask[:90].any()
+    assert found.mask[200:400, 100:200].all()
 
 
 def heic(picture, **options):
