@@ -26,6 +26,7 @@ FIGURES = ROOT / "figures"
 RUNS = ROOT / "runs"
 DEEP = RUNS / "deep"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
+PICTURES_CHECKPOINT = CHECKPOINTS / "robust" / "best_cnn_fmnist.pt"  # of predict.py and demo.py
 OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the first process speaks for all
 # What steers a terminal or reorders a line. A carriage return moves a progress bar, at the start or the end of a write.
 STEERING = re.compile(

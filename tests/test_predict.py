@@ -16,10 +16,12 @@ from PIL import Image
 
 import checkpoint
 import engine
+import metrics
 import predict as predict_script
-from analysis import plots
-from analysis.classify import SURE, Classified, Csv
+from analysis import classify, corruptions, plots
+from analysis.classify import NOT_SURE, UNLIKE, Classified, Csv
 from data import CLASSES
+from pictures.convert import Conversion
 from runtime import cli
 
 
@@ -46,13 +48,18 @@ def test_a_folder_is_classified_and_a_file_that_is_not_a_picture_is_skipped_with
     assert errors == [f"predict.py: {folder / 'notes.txt'}: a text file, not a picture"]
     rows = [json.loads(line) for line in finished.stdout.splitlines()]
     assert [row["picture"] for row in rows] == sorted(str(path) for path in folder.rglob("*.png"))
-    model, _ = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
-    expected = engine.predict_logits(model, sample["test"])[:20].argmax(1)
-    for row, answer in zip(rows, expected, strict=True):
+    candidate = classify.candidate(cli.PICTURES_CHECKPOINT, *checkpoint.load(cli.PICTURES_CHECKPOINT))
+    views = classify.logits_of(candidate, list(sample["test"].images[:20].numpy()))
+    expected = classify.probabilities(views, candidate.rule.temperature).argmax(1)
+    energies = classify.energy(views, candidate.rule.temperature)
+    for row, answer, energy in zip(rows, expected, energies, strict=True):
         assert next(iter(row["probabilities"])) == CLASSES[answer]
         assert sum(row["probabilities"].values()) == pytest.approx(1)
-        assert row["answer"] in (CLASSES[answer], "not sure")
-        assert (row["answer"] == "not sure") == (max(row["probabilities"].values()) < 0.7)
+        if energy < candidate.rule.energy:
+            assert row["answer"] == "unlike all ten kinds"
+        else:
+            is_sure = max(row["probabilities"].values()) >= candidate.rule.probability
+            assert row["answer"] == (CLASSES[answer] if is_sure else "not sure")
 
 
 def test_table_and_csv_say_the_same(folder):
@@ -79,9 +86,10 @@ def test_table_and_csv_say_the_same(folder):
     ],
 )
 def test_a_name_in_csv_is_one_cell_and_no_formula(name, cell):
-    row = Classified(name, np.zeros((28, 28), np.uint8), [("-Bag", 1.0)])
+    conversion = Conversion(Image.new("RGB", (28, 28)), np.ones((28, 28), bool), np.zeros((28, 28), np.uint8))
+    row = Classified(name, conversion, [("-Bag", 1.0)])
     line = Csv(1, [name], ["-Bag"]).line(row)
-    assert list(csv.reader([line])) == [[cell, "'-Bag", "'-Bag", "1.0"]]
+    assert list(csv.reader([line])) == [[cell, "'-Bag", "'-Bag", "1.0", ""]]
     assert next(csv.reader([line], delimiter=";"))[0].startswith(cell)
 
 
@@ -98,7 +106,7 @@ def test_what_is_no_picture_is_named(folder):
     assert len(finished.stdout.splitlines()) == 21
     begun = "predict.py: "
     lines = [line.removeprefix(begun) for line in finished.stderr.splitlines() if line.startswith(begun)]
-    assert lines[0] == "answers of checkpoints/best_cnn_fmnist.pt, cnn"
+    assert lines[0] == "answers of checkpoints/robust/best_cnn_fmnist.pt, cnn"
     words = ["a PDF", "an SVG drawing", "a video", "an archive", "a web page", "a camera's raw file", "an empty file"]
     for line, (name, word) in zip(lines[1:], zip(contents, words, strict=True), strict=False):
         assert line.startswith(f"{folder / name}: {word}")
@@ -156,8 +164,10 @@ def test_probabilities_are_calibrated_or_a_line_says_that_they_are_not(folder, t
     assert uncalibrated.stdout != finished.stdout
 
 
-def test_the_help_names_the_limit_of_not_sure():
-    assert f"{SURE:.0%}" in predict("--help").stdout
+def test_the_help_names_the_answers_that_are_no_class():
+    said = " ".join(predict("--help").stdout.split())
+    assert NOT_SURE in said
+    assert UNLIKE in said
 
 
 def test_the_lines_for_use_from_python_work(sample, monkeypatch, capsys):
@@ -180,3 +190,15 @@ def test_bad_arguments_get_one_clear_line(folder, tmp_path):
     missing = predict(tmp_path / "none.png")
     assert missing.returncode == 1
     assert "none.png: No such file" in missing.stderr
+
+
+def test_the_default_network_stands_mirrored_and_harder_images(sample):
+    model, info = checkpoint.load(cli.PICTURES_CHECKPOINT)
+    test = sample["test"]
+    mirrored = test._replace(images=test.images.flip(2))
+    plain, turned = (metrics.accuracy(engine.predict_logits(model, split), split.labels) for split in (test, mirrored))
+    assert plain > 0.9
+    assert turned > plain - 0.02
+    harder = corruptions.accuracies(model, test)
+    assert all(np.mean(accuracies) > 0.8 for accuracies in harder.values())
+    assert info["flags"]["recipe"] == "robust"
