@@ -1,7 +1,7 @@
 """A web page to try the models on pictures of your own: http://127.0.0.1:7860, reachable from this machine only.
 
-python demo.py                      # the shipped CNN and MLP side by side
-python demo.py A.pt B.pt --port 8000
+python demo.py                      # the default network
+python demo.py A.pt B.pt --port 8000         # several, to compare them
 python demo.py --host 0.0.0.0 --password     # for other machines too; asks for the password
 
 needs pip install -r requirements-optional.txt. Pictures go to the machine that this runs on, and no further.
@@ -16,8 +16,9 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime import cli, files
 from runtime.errors import UserError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-DEFAULTS = [cli.DEFAULT_CHECKPOINT, cli.CHECKPOINTS / "best_mlp_fmnist.pt"]
+ABBREVIATED = {"resnet": "ResNet"}  # other models' names are abbreviations
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,8 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="CHECKPOINT",
         nargs="*",
         type=Path,
-        default=DEFAULTS,
-        help="one or more to compare (default: the shipped CNN and MLP); the page explains the first one's answers",
+        default=[cli.PICTURES_CHECKPOINT],
+        help="one, or several to compare; the page explains the first one's answers (default: that of predict.py)",
     )
     parser.add_argument("--port", type=cli.whole_number(1, 65_535), default=7860, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
@@ -109,20 +110,35 @@ def load(args: argparse.Namespace) -> tuple[list["Candidate"], "Split", "Split"]
     with cli.loading():
         import checkpoint
         import data
-        from analysis.classify import Candidate, temperature_of
+        from analysis.classify import candidate
         from runtime.device import pick_device
 
     device = pick_device(args.device)
-    candidates, infos = [], []
     loaded = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
-    for path, (model, info) in zip(args.checkpoints, loaded, strict=True):
-        candidates.append(Candidate(f"{info['model']}, {path.name}", model.to(device), temperature_of(path)))
-        infos.append(info)
+    infos = [info for _, info in loaded]
+    for path, info in zip(args.checkpoints, infos, strict=True):
         if info["classes"] != infos[0]["classes"]:
             raise UserError(f"{cli.shown(path)} and {cli.shown(args.checkpoints[0])} have different classes")
+    candidates = [
+        candidate(path, model.to(device), info, name)
+        for path, (model, info), name in zip(args.checkpoints, loaded, names(args.checkpoints, infos), strict=True)
+    ]
     train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=args.other_data)
     checkpoint.check_classes(args.checkpoints[0], infos[0], train)
     return candidates, train, test
+
+
+def names(paths: Sequence[Path], infos: Sequence[dict[str, Any]]) -> list[str]:
+    """Name networks by their kind and recipe, and by their file where that is unknown or not enough."""
+    kinds = [ABBREVIATED.get(info["model"], info["model"].upper()) for info in infos]
+    plain = [
+        f"{kind}, {info['flags']['recipe']}" if "flags" in info else kind
+        for kind, info in zip(kinds, infos, strict=True)
+    ]
+    return [
+        name if "flags" in info and plain.count(name) == 1 else f"{name}, {cli.shown(path)}"
+        for name, info, path in zip(plain, infos, paths, strict=True)
+    ]
 
 
 def show(args: argparse.Namespace, base: Path, listening: socket.socket, password: str | None) -> None:
@@ -137,7 +153,7 @@ def show(args: argparse.Namespace, base: Path, listening: socket.socket, passwor
         with cli.loading():  # gradio takes seconds, so it comes after everything that can be wrong
             from analysis import page
 
-        built = page.layout(page.Explainer(candidates, train), test, local)
+        built = page.layout(page.Explainer(candidates, train, test), local)
         with serve.running(page.app(built, uploads, serve.names(args.host, local), password), listening):
             login = f"; the user's name is {page.USER}" if password else ""
             everywhere = ipaddress.ip_address(listening.getsockname()[0]).is_unspecified

@@ -1,11 +1,11 @@
 """The page of demo.py: how it looks (by Gradio), and what it shows of a picture.
 
-page = layout(Explainer(candidates, train), test, local=True)
+page = layout(Explainer(candidates, train, test), local=True)
 with serve.running(app(page, uploads, serve.names("127.0.0.1", True), password=None), listening):
     input("Enter ends it")
 """
 
-import functools
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -14,33 +14,40 @@ from typing import Any
 
 import fastapi
 import gradio
-import numpy as np
+import torch
 from gradio.components.base import server
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import DataWithFiles
-from PIL import Image, ImageOps
+from PIL import Image
 
-from analysis import classify, explain, serve
+from analysis import classify, explain, markup, serve
+from analysis.examples import examples
 from data import CLASSES, Split
-from pictures.convert import convert
+from pictures import convert
 from pictures.read import PictureError, read
 
-SHOWN = 280  # pixels a side of the pictures on the page
+HEIGHT = 280  # pixels, of the fields for a picture and a drawing
 NEIGHBOURS = 8
-EXAMPLES = (0, 1, 2, 8, 12, 18)  # test images that the page offers
 MOST = 50_000_000  # bytes of an uploaded picture
 AT_ONCE = 4  # pictures that are read at the same time
 TURNS = 16  # pictures that are read or wait for that …
 OF_ADDRESS, OF_SESSION = 3, 2  # … and those of one, so that others need not wait for its slow ones
 WAITING = 64  # pictures, and drawings, that wait to be read
 USER = "demo"  # the name to log in with
+SPOKEN = """element.setAttribute('aria-live', 'polite')
+watch('value', () => document.querySelector('canvas')?.checkVisibility() || element.scrollIntoView({block: 'nearest'}))
+"""  # a new answer is read out, and scrolled to unless one is drawing
+CLICKED = """element.addEventListener('click', event => {
+    const button = event.target.closest('button')
+    if (button) trigger('click', {index: Number(button.dataset.index)})
+})"""
 
 
 class Explainer:
     """Classifies a picture by all candidates and explains the first one's answer by the training images."""
 
-    def __init__(self, candidates: Sequence[classify.Candidate], train: Split):
-        """Compute the training images' features; the split is on the CPU."""
+    def __init__(self, candidates: Sequence[classify.Candidate], train: Split, test: Split):
+        """Compute the training images' features; the splits are on the CPU. Test images make the examples."""
         self.candidates = candidates
         self.train = train
         self.model = candidates[0].model
@@ -50,53 +57,50 @@ class Explainer:
         refusal = "other pictures are being read: try again in some seconds"
         self.addresses = serve.Shares(TURNS, OF_ADDRESS, 0, refusal)
         self.sessions = serve.Shares(TURNS, OF_SESSION, 0, refusal)
-        self.drawings = Drawings()
+        self.drawings, self.examples = Drawings(), examples(test)
 
-    def answer(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
-        """Return what the page shows for a path or a file's bytes: the values of explain(), or nothing without either.
-
-        Raises gradio.Error for an unreadable picture.
-        """
+    def answer(self, source: str | bytes | Image.Image | None, request: gradio.Request) -> tuple[str, str]:
+        """Return the page's two texts for a path, a file's bytes or a picture: the answer, or why none; and details."""
         try:
             return self._answer(source, request)
         except (PictureError, serve.Refused) as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            return markup.failed(str(error)), ""
 
-    def answer_drawing(self, drawn: EditorData | None, request: gradio.Request) -> list[Any]:
+    def answer_example(self, event: gradio.EventData, request: gradio.Request) -> tuple[Any, str, str]:
+        """Return the example that was clicked, for the field, and the same as answer for it."""
+        index: Any = event._data.get("index") if isinstance(event._data, dict) else None
+        if index not in range(len(self.examples)):
+            raise gradio.Error("no such picture", print_exception=False)
+        picture = self.examples[index][1]
+        return picture, *self.answer(picture, request)
+
+    def answer_drawing(self, drawn: EditorData | None, request: gradio.Request) -> tuple[str, str]:
         """Return the same for a drawing; an empty canvas is no picture."""
         try:
             return self._answer(self.drawings.take(drawn, request.session_hash), request)
         except PictureError:
-            return self._answer(None, request)
+            return markup.EMPTY, ""
         except serve.Refused as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            return markup.failed(str(error)), ""
 
-    def _answer(self, source: str | bytes | None, request: gradio.Request) -> list[Any]:
+    def _answer(self, source: str | bytes | Image.Image | None, request: gradio.Request) -> tuple[str, str]:
         if source is None:
-            return [None] * (3 + len(self.candidates))
+            return markup.EMPTY, ""
         with self.addresses.use(request.client.host), self.sessions.use(str(request.session_hash)), self.reading:
-            pixels = convert(read(source))
+            conversion = convert.explain(source if isinstance(source, Image.Image) else read(source))
         with self.explaining:
-            return self.explain(pixels)
+            return self.explain(conversion)
 
-    def explain(self, pixels: np.ndarray) -> list[Any]:
-        """Explain an image, uint8 (28, 28): itself, where the first model looked, all answers, nearest images."""
-        answers = [
-            classify.classify(model, [("picture", pixels)], temperature, self.train.classes)[0]
-            for _, model, temperature in self.candidates
-        ]
-        split = classify.as_split(self.model, [pixels], self.train.classes)
-        logits, features = explain.features(self.model, split)
-        maps, _ = explain.attention_maps(self.model, split, logits.argmax(1))
-        heat = np.kron(maps[0].numpy(), np.ones((4, 4)))
+    def explain(self, conversion: convert.Conversion) -> tuple[str, str]:
+        """Explain a picture: all answers, and what the first one is based on."""
+        answers = [classify.classify(each, [(each.name, conversion)])[0] for each in self.candidates]
+        split = classify.as_split(self.model, [conversion.pixels], self.train.classes)
+        _, features = explain.features(self.model, split)
+        best = self.train.classes.index(answers[0].ranking[0][0])
+        maps, _ = explain.attention_maps(self.model, split, torch.tensor([best]))
         near = explain.nearest(features, self.references, NEIGHBOURS)[1][0].tolist()
-        neighbours = [(enlarged(self.train.images[i].numpy()), self.train.classes[self.train.labels[i]]) for i in near]
-        return [
-            enlarged(pixels),
-            enlarged(overlay(pixels, heat)),
-            *(dict(each.ranking) for each in answers),
-            neighbours,
-        ]
+        neighbours = [(self.train.images[i].numpy(), self.train.classes[self.train.labels[i]]) for i in near]
+        return markup.answer(answers), markup.details(conversion.pixels, maps[0].numpy(), neighbours)
 
 
 class Drawings:
@@ -121,30 +125,28 @@ class Drawings:
         return self.waiting.pop((session, drawn.id), None)
 
 
-def layout(explainer: Explainer, test: Split, local: bool) -> gradio.Blocks:
-    """Lay out the page and connect it with the explainer; a few test images serve as examples.
+def layout(explainer: Explainer, local: bool) -> gradio.Blocks:
+    """Lay out the page and connect it with the explainer.
 
     local: whether the page can be reached from this machine only. The page says where the pictures go.
     """
-    what = "garment" if tuple(test.classes) == CLASSES else "object"
-    with gradio.Blocks(title=test.source, analytics_enabled=False, delete_cache=(60, serve.KEPT)) as page:
-        gradio.Markdown(
-            f"# What {what} is it?\nChoose a picture of one {what} on a plain background, light or dark, or draw one. "
-            f"{serve.where(local)}"
-        )
+    what = "garment" if tuple(explainer.train.classes) == CLASSES else "object"
+    with gradio.Blocks(title=explainer.train.source, analytics_enabled=False, delete_cache=(60, serve.KEPT)) as page:
+        gradio.Markdown(f"# What {what} is it?")
         with gradio.Row():
             with gradio.Column():
-                picture, drawing = _inputs(test, explainer.drawings)
+                answer = gradio.HTML(markup.EMPTY, js_on_load=SPOKEN)
             with gradio.Column():
-                seen = _picture("What the models saw")
-                heat = _picture("Where the first one looked (Grad-CAM; for an MLP, gradient x input)")
-            with gradio.Column():
-                labels = [gradio.Label(label=each.name, num_top_classes=10) for each in explainer.candidates]
-        gradio.Markdown("The nearest training images, by the features of the first model")
-        near = gradio.Gallery(label="nearest", show_label=False, columns=NEIGHBOURS, height=170, buttons=[])
-        shown = [seen, heat, *labels, near]
-        for each, answer in ((picture, explainer.answer), (drawing, explainer.answer_drawing)):
-            each.change(answer, each, shown, concurrency_id="read", api_visibility="private")
+                picture, offered, drawing = _inputs(explainer)
+                gradio.Markdown(serve.where(local))
+        below = gradio.HTML()
+        options: dict[str, Any] = {"concurrency_id": "read", "api_visibility": "private", "show_progress_on": answer}
+        offered.click(explainer.answer_example, None, [picture, answer, below], **options)
+        picture.upload(explainer.answer, picture, [answer, below], **options)
+        drawing.change(explainer.answer_drawing, drawing, [answer, below], **options)
+        picture.clear(
+            None, None, [answer, below], js=f"() => {json.dumps([markup.EMPTY, ''])}"
+        )  # comes last: no request
     return page
 
 
@@ -159,6 +161,7 @@ def app(page: gradio.Blocks, uploads: Path, names: Collection[str], password: st
         page,
         "/",
         footer_links=[],
+        css=markup.CSS,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         mcp_server=False,
         ssr_mode=False,
@@ -168,66 +171,28 @@ def app(page: gradio.Blocks, uploads: Path, names: Collection[str], password: st
         auth=(USER, password) if password else None,
         auth_message=f"The user's name is {USER}.",
     )
-    return serve.Gate(mounted, uploads, names, MOST, functions=len(page.fns))
+    return serve.Gate(mounted, uploads, names, MOST, functions=sum(each.fn is not None for each in page.fns.values()))
 
 
-def _choose(pictures: Sequence[Image.Image], index: int) -> Image.Image:
-    """Return the picture that was clicked on."""
-    if index not in range(len(pictures)):
-        raise gradio.Error("no such picture", print_exception=False)
-    return pictures[index]
-
-
-def _inputs(test: Split, drawings: Drawings) -> tuple[gradio.Image, gradio.Sketchpad]:
-    """Make the tabs for a picture and for a drawing."""
+def _inputs(explainer: Explainer) -> tuple[gradio.Image, gradio.HTML, gradio.Sketchpad]:
+    """Make the tabs for a picture, with some to choose from, and for a drawing."""
     with gradio.Tab("Picture"):
-        picture = gradio.Image(sources=["upload", "clipboard"], label="drop, paste or choose", height=SHOWN)
+        picture = gradio.Image(sources=["upload", "clipboard"], label="Drop, paste or choose a picture", height=HEIGHT)
         picture.preprocess = _path_of  # type: ignore[method-assign, assignment]
-        # Not gradio.Examples: a click on one makes the session a new Image, without this preprocess.
-        pictures = examples(test)
-        offered = gradio.Dataset(
-            components=[picture],
-            samples=[[example] for example in pictures],
-            type="index",
-            label="test images of the data set",
-        )
-        offered.click(functools.partial(_choose, pictures), offered, picture, api_visibility="private")
+        choice = gradio.HTML(markup.buttons(explainer.examples), js_on_load=CLICKED)
     with gradio.Tab("Drawing"):
         drawing = gradio.Sketchpad(
-            canvas_size=(SHOWN, SHOWN),
-            label="take the brush, and draw",
+            canvas_size=(HEIGHT, HEIGHT),
+            label="Take the brush, and draw",
             brush=gradio.Brush(default_size=14, colors=["#000000", "#808080"]),
             transforms=(),
             layers=False,
         )
-        drawing.accept_blobs = drawings.accept
+        drawing.accept_blobs = explainer.drawings.accept
         drawing.preprocess = lambda drawn: drawn  # type: ignore[method-assign, assignment, return-value]
-    return picture, drawing
+    return picture, choice, drawing
 
 
 def _path_of(file: gradio.FileData | None) -> str | None:
     """Hand a file to pictures.read as it is, instead of decoded by Gradio; the gate has checked that it is here."""
     return file.path if file else None
-
-
-def examples(test: Split) -> list[Image.Image]:
-    """Draw a few test images as a user might have them: enlarged, on white, with a margin."""
-    negatives = [ImageOps.invert(enlarged(test.images[i].numpy())) for i in EXAMPLES if i < len(test.images)]
-    return [ImageOps.expand(negative, 20, fill=255) for negative in negatives]
-
-
-def _picture(title: str) -> gradio.Image:
-    """Make a place for a picture that only the page fills."""
-    gradio.Markdown(title)
-    return gradio.Image(label=title, height=SHOWN, format="png", buttons=[], show_label=False)
-
-
-def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lay a map, [0, 1] (28, 28), in orange on a grey image, uint8 (28, 28): uint8 (28, 28, 3)."""
-    grey, share = np.repeat(pixels[..., None], 3, 2), 0.6 * heat[..., None]
-    return ((1 - share) * grey + share * np.array([255, 120, 0])).astype(np.uint8)
-
-
-def enlarged(pixels: np.ndarray) -> Image.Image:
-    """Enlarge an image, uint8 (28, 28) or (28, 28, 3), by repeating its pixels."""
-    return Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)

@@ -113,7 +113,7 @@ def where(local: bool) -> str:
     """Say in a sentence where a picture goes, and how long it lies there."""
     machine = f"the machine that runs this page (`{socket.gethostname()}`)"
     way = f"stays on {machine}" if local else f"goes unencrypted to {machine}"
-    return f"It {way}, and is deleted there within {KEPT // 60 + 1} minutes."
+    return f"A picture {way}, and is deleted there within {KEPT // 60 + 1} minutes."
 
 
 class Refused(Exception):

@@ -14,6 +14,7 @@ from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
 from PIL import Image
 
 import data
+from pictures import convert
 from runtime import cli
 
 ANIMALS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jackdaw & co")
@@ -138,11 +139,11 @@ def test_the_page_has_the_names(own, mine):
     from analysis import page
 
     candidates, train, test = demo.load(demo.parse_args([str(own), "--data-dir", str(mine)]))
-    explainer = page.Explainer(candidates, train)
-    values = explainer.explain(test.images[0].numpy())
-    assert set(values[2]) == set(ANIMALS)
-    assert {name for _, name in values[3]} <= set(ANIMALS)
-    texts = json.dumps(page.layout(explainer, test, local=True).config, default=str)
+    explainer = page.Explainer(candidates, train, test)
+    answer, details = explainer.explain(convert.explain(Image.fromarray(test.images[0].numpy()).convert("RGB")))
+    assert any(name in answer for name in ANIMALS)
+    assert any(name in details for name in ANIMALS)
+    texts = json.dumps(page.layout(explainer, local=True).config, default=str)
     assert "What object is it?" in texts
     assert not any(name in texts for name in data.CLASSES)
 
