@@ -333,7 +333,7 @@ def test_the_results_page_has_the_table_of_the_runs(capsys):
     rows = compare.collect(compare.RUNS)
     assert capsys.readouterr().err == ""
     assert compare.markdown(rows) in RESULTS
-    assert len(rows) == 11
+    assert len(rows) == 12
     for row, line in zip(rows, compare.brief(rows).splitlines()[2:], strict=True):
         assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epochs")
         assert line.count("|") == 6
@@ -391,6 +391,6 @@ def test_every_history_names_its_processor_and_has_an_epoch_a_line():
     for path in paths:
         text = path.read_text()
         run = read_history(path)
-        assert "avx512" in run["processor"], path
+        assert "avx2" in run["processor"] or "avx512" in run["processor"], path
         assert len(text.splitlines()) < len(run["epochs"]) + 40, path
     assert set(models.MODELS) == {read_history(path)["model"] for path in paths}

@@ -31,6 +31,7 @@ SHIPPED = {  # checkpoints/: runs/
     "best_resnet_fmnist.pt": "resnet-best-0",
     "distilled/best_mlp_fmnist.pt": "mlp-distilled-0",
     "distilled/best_cnn_fmnist.pt": "cnn-distilled-0",
+    "robust/best_cnn_fmnist.pt": "cnn-robust-0",
 }
 # Flags of pip, pytest, ruff and unshare; and of all.
 OF_TOOLS = {"--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net"}
