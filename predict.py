@@ -39,13 +39,7 @@ def parse_args(argv: list[str] | None = None) -> "argparse.Namespace":
         type=Path,
         help="instead of pictures: measure on those that a CSV file names, file,label or file,strict,lenient",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="CHECKPOINT",
-        type=Path,
-        default=cli.PICTURES_CHECKPOINT,
-        help="default: checkpoints/robust/best_cnn_fmnist.pt",
-    )
+    cli.add_pictures_checkpoint(parser)
     parser.add_argument("--top", metavar="K", type=cli.whole_number(1, 10), help="classes shown (default: 3)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", help="a line of JSON for each picture")

@@ -50,9 +50,8 @@ def compose(image: np.ndarray, scene: Scene) -> Image.Image:
     """Compose a picture, RGB, of an image, uint8 (28, 28), light on black. The object is negated, as it was sold."""
     image = image[:, ::-1] if scene.mirrored else image
     inside = ndimage.binary_erosion(ndimage.binary_fill_holes(image > 8))
-    cover = _enlarge(np.maximum(255 * inside, np.minimum(2.5 * image, 255)))[
-        ..., None
-    ]  # edges of the data set are dark
+    solid = np.maximum(255 * inside, np.minimum(2.5 * image, 255))  # the edges of the data set's objects are dark
+    cover = _enlarge(solid)[..., None]
     light = _enlarge(image)[..., None]
     if scene.background == (0, 0, 0):  # as in the data set
         return _picture(255 * light.repeat(3, 2))

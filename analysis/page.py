@@ -144,9 +144,8 @@ def layout(explainer: Explainer, local: bool) -> gradio.Blocks:
         offered.click(explainer.answer_example, None, [picture, answer, below], **options)
         picture.upload(explainer.answer, picture, [answer, below], **options)
         drawing.change(explainer.answer_drawing, drawing, [answer, below], **options)
-        picture.clear(
-            None, None, [answer, below], js=f"() => {json.dumps([markup.EMPTY, ''])}"
-        )  # comes last: no request
+        nothing = json.dumps([markup.EMPTY, ""])
+        picture.clear(None, None, [answer, below], js=f"() => {nothing}")  # comes last: no request
     return page
 
 

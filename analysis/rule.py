@@ -56,13 +56,7 @@ def parse_args(argv: list[str] | None = None) -> "argparse.Namespace":
     parser = cli.Parser("Fit to labelled pictures when an answer of predict.py is sure.")
     parser.prog = PROGRAM
     parser.add_argument("labels", metavar="LABELS.csv", type=Path, help="as for predict.py --evaluate")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="CHECKPOINT",
-        type=Path,
-        default=cli.PICTURES_CHECKPOINT,
-        help="default: checkpoints/robust/best_cnn_fmnist.pt",
-    )
+    cli.add_pictures_checkpoint(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
 

@@ -246,7 +246,7 @@ def _centre(picture: Image.Image, background: np.ndarray) -> Image.Image:
 
 def _light_on_black(canvas: Image.Image, background: np.ndarray) -> np.ndarray:
     """Convert to grey, uint8 (28, 28), scaled so that the background is black; negate it on a light background."""
-    zero = float(np.asarray(Image.new("RGB", (1, 1), tuple(background)).convert("L"))[0, 0])
+    zero = float(_grey(background))
     grey = np.asarray(canvas.convert("L")).astype(float)
     light = (zero - grey) / zero if zero > 127 else (grey - zero) / (255 - zero)
     return (255 * light.clip(0, 1)).round().astype(np.uint8)

@@ -64,6 +64,17 @@ def add_common(parser: Parser) -> None:
     add_device(parser)
 
 
+def add_pictures_checkpoint(parser: Parser) -> None:
+    """Add --checkpoint: the network that answers to pictures."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        default=PICTURES_CHECKPOINT,
+        help="default: checkpoints/robust/best_cnn_fmnist.pt",
+    )
+
+
 def add_data_dir(parser: Parser, other: bool = True) -> None:
     """Add --data-dir, and --other-data where the script can use images that are not Fashion-MNIST."""
     parser.add_argument(
