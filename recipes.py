@@ -94,7 +94,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
         "resnet": Recipe(
             epochs=65, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, precision="auto",
-            augment=ROBUST,
+            augment=ROBUST, prune=0.7,
         ),
     },
 }  # fmt: skip

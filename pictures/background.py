@@ -24,6 +24,7 @@ LARGE = 0.1  # of the largest part's size: smaller parts are specks
 CLEAR = 20.0  # difference in L, a and b between neighbours, from which an edge is as clear as can be
 CUT = 0.5  # weight of the share of the picture's border that a mask covers
 FEW, MOST = 0.01, 0.99  # a mask of less or more of the picture is none
+SHADE = 9.0  # distance in RGB from a smooth shade, up to which a pixel of the border has it
 PIECE = 2048  # points of a matrix product: for more, NumPy starts threads, which takes longer
 ROW, COLUMN = np.triu_indices(3)
 TO_XYZ = np.array(  # IEC 61966-2-1, each row divided by its sum: the white of D65
@@ -36,15 +37,47 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
 
     pixels: uint8 (height, width, 3). The mask is empty where no object was found.
     """
-    from scipy import ndimage
-
     height, width = pixels.shape[:2]
-    size = [max(8, round(WORKING * edge / max(height, width))) for edge in (width, height)]
-    lab = to_lab(np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BOX)))
-    masks = [large_parts(ndimage.binary_opening(_separate(lab, *start)), LARGE) for start in STARTS]
+    lab = to_lab(_reduced(pixels))
+    masks = [without_thin_parts(_separate(lab, *start)) for start in STARTS]
     edges = _edges(lab)
     clearness, mask = max(((_clearness(mask, edges), mask) for mask in masks), key=lambda pair: pair[0])
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)), clearness
+
+
+def fit_border(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fit a background of smooth shades to the border of an RGB picture, such as a wall in uneven light.
+
+    pixels: uint8 (height, width, 3). Returns the shades, float32 (height, width, 3), of which each channel is a
+    polynomial of second degree, and the share of the border that has them. An object may cover a part of the border.
+    """
+    working = _reduced(pixels).astype(np.float32)
+    is_border = _border(*working.shape[:2])
+    y, x = (places[is_border] for places in np.mgrid[-1 : 1 : 1j * len(working), -1 : 1 : 1j * working.shape[1]])
+    powers, colours = np.stack([np.ones_like(x), x, x * x, y, x * y, y * y], 1), working[is_border]
+    used = np.ones(len(powers), bool)
+    for _ in range(ROUNDS):
+        factors = np.linalg.lstsq(powers[used], colours[used])[0].astype(np.float32)
+        distance = np.linalg.norm(powers @ factors - colours, axis=1)
+        used = distance <= max(SHADE, np.median(distance))
+    y, x = (np.linspace(-1, 1, edge, dtype=np.float32) for edge in pixels.shape[:2])
+    y, x = y[:, None, None], x[:, None]
+    one, x1, x2, y1, xy, y2 = factors
+    return one + x * (x1 + x * x2) + y * (y1 + x * xy + y * y2), float((distance <= SHADE).mean())
+
+
+def _reduced(pixels: np.ndarray) -> np.ndarray:
+    """Reduce a picture, uint8 (height, width, 3), so that its longest edge has WORKING pixels, and none less than 8."""
+    size = [max(8, round(WORKING * edge / max(pixels.shape[:2]))) for edge in pixels.shape[1::-1]]
+    return np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BOX))
+
+
+def _border(height: int, width: int) -> np.ndarray:
+    """Return which pixels are the border: bool (height, width)."""
+    band = max(1, round(BAND * max(height, width)))
+    is_border = np.ones((height, width), bool)
+    is_border[band:-band, band:-band] = False
+    return is_border
 
 
 def to_lab(pixels: np.ndarray) -> np.ndarray:
@@ -66,9 +99,7 @@ def _separate(lab: np.ndarray, behind: int, before: int, share: float) -> np.nda
 
     height, width = lab.shape[:2]
     points = _with_products(lab.reshape(-1, 3).T)
-    band = max(1, round(BAND * max(height, width)))
-    is_border = np.ones((height, width), bool)
-    is_border[band:-band, band:-band] = False
+    is_border = _border(height, width)
     is_middle = np.zeros((height, width), bool)
     is_middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
     background = _begin(points[:, is_border.ravel()], behind)
@@ -83,6 +114,13 @@ def _separate(lab: np.ndarray, behind: int, before: int, share: float) -> np.nda
         front = _refit(points[:, mask.ravel()][:, ::2], front, STEPS)
         background = _refit(points[:, ~mask.ravel()][:, ::2], background, STEPS)
     return mask
+
+
+def without_thin_parts(mask: np.ndarray) -> np.ndarray:
+    """Keep the large parts of a mask, without lines of one or two pixels, and fill their holes."""
+    from scipy import ndimage
+
+    return large_parts(ndimage.binary_opening(mask), LARGE)
 
 
 def large_parts(mask: np.ndarray, share: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pictures.background import find_object, large_parts
+from pictures.background import find_object, fit_border, large_parts, without_thin_parts
 from pictures.read import PictureError, read
 
 SIZE = 28
@@ -33,6 +33,9 @@ FULL = 0.85  # of the pixels in the first rows and columns inside a frame have a
 CLEAR = 0.45  # below this clearness of its edge, the object was hardly found
 HEAD = 0.7, 2.2  # a head is at least and at most so many times as high as wide
 NARROW, WIDE = 0.8, 1.6  # a neck is narrower, and shoulders are wider, by these factors than the head
+SPREAD = 1.1, 1.8  # with spread sleeves, a garment is more and less wide than so many times its height
+EVEN_SIDES = 0.8  # of its silhouette is also there in the mirrored one
+SLEEVE = 0.7  # of the middle's height: the ends of the sleeves have less
 SHARPEN = ImageFilter.Kernel(  # a Gaussian of sigma 1, at half the publisher's strength: the resizing here is sharper
     (3, 3), [-31, -51, -31, -51, 1328, -51, -31, -51, -31], 1000
 )
@@ -97,11 +100,13 @@ def _convert(picture: Image.Image) -> tuple[np.ndarray, np.ndarray, tuple[str, .
     background, is_plain = _find_background(pixels)
     if is_plain:
         mask = _differs(pixels, background)
+        if not mask.any():
+            raise PictureError("all of one colour: it shows no object")
         if _keeps_polarity(pixels, mask, background):
             mask = _without_specks(mask)
             fitted = _fit(picture.crop(_bounding_box(mask)))
             return mask, _light_on_black(_centre(fitted, background), background), ()
-    found, clearness = find_object(pixels)
+    found, clearness = _find_object(pixels)
     if not found.any() and not is_plain:
         found = np.ones_like(found)
     mask = found.copy() if found.any() else mask
@@ -112,13 +117,23 @@ def _convert(picture: Image.Image) -> tuple[np.ndarray, np.ndarray, tuple[str, .
     return mask, _on_white(pixels, mask), tuple(notes)
 
 
+def _find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Find the object, bool (height, width), and its clearness, in front of smooth shades or of anything else."""
+    shades, share = fit_border(pixels)
+    if share >= PLAIN:
+        found = without_thin_parts(_differs(pixels, shades))
+        if found.any():
+            return found, 1.0
+    return find_object(pixels)
+
+
 def _differs(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Find what differs from a plain background: bool (height, width). Raises PictureError if nothing does."""
+    """Find what differs from a background, of one colour (3,) or of shades (height, width, 3): bool (height, width)."""
     distance = _distance(pixels, background)
     differs = distance > TOLERANCE
     if not differs.any():
-        raise PictureError("all of one colour: it shows no object")
-    return distance > max(TOLERANCE, EDGE * np.percentile(distance[differs], 90))
+        return differs
+    return np.asarray(distance > max(TOLERANCE, EDGE * np.percentile(distance[differs], 90)))
 
 
 def find_neck(mask: np.ndarray) -> int:
@@ -167,10 +182,27 @@ def _grey(colour: np.ndarray) -> int:
 
 
 def _on_white(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Put the object on white and convert it as the publisher did: uint8 (28, 28)."""
+    """Put the object on white and convert it as the publisher did: uint8 (28, 28). Spread sleeves are squeezed."""
     left, top, right, bottom = _bounding_box(mask)
-    object_only = np.where(mask[top:bottom, left:right, None], pixels[top:bottom, left:right], 255).astype(np.uint8)
-    return _light_on_black(_centre(_fit(Image.fromarray(object_only)), WHITE), WHITE)
+    inside = mask[top:bottom, left:right]
+    picture = Image.fromarray(np.where(inside[..., None], pixels[top:bottom, left:right], 255).astype(np.uint8))
+    if are_sleeves_spread(inside):
+        picture = picture.resize((bottom - top, bottom - top), Image.Resampling.BOX)
+    return _light_on_black(_centre(_fit(picture), WHITE), WHITE)
+
+
+def are_sleeves_spread(mask: np.ndarray) -> bool:
+    """Say whether a silhouette, bool (height, width), is like a top with its sleeves spread: in the data set they hang.
+
+    It is somewhat wider than high, its left side is like its right one, and its ends are narrower than its middle.
+    """
+    height, width = mask.shape
+    sixth, columns = width // 6, mask.mean(0)
+    if not SPREAD[0] < width / height < SPREAD[1] or not sixth:
+        return False
+    is_even = (mask & mask[:, ::-1]).sum() > EVEN_SIDES * mask.sum()
+    ends = max(columns[:sixth].mean(), columns[-sixth:].mean())
+    return bool(is_even and ends < SLEEVE * columns[2 * sixth : -2 * sixth].mean())
 
 
 def is_native(pixels: np.ndarray) -> bool:
