@@ -22,7 +22,7 @@ lint:
 figures:
 	$(python) analyze_errors.py --figures-dir docs/figures
 	$(python) compare.py --figures-dir docs/figures --json docs/figures/frontier.json
-	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/distilled/best_*_fmnist.pt --tta \
+	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/*/best_*_fmnist.pt --tta \
 	    --json docs/figures/evaluate.json
 
 tour: export IPYTHONDIR = .cache/ipython

@@ -1,17 +1,23 @@
 """Pictures as a user might have them, composed of the data set's images: on white, in colour, mirrored, on a cloth.
 
 pictures = examples(test)    # one of each of EXAMPLES: (title, RGB picture)
+
+python -m analysis.examples FOLDER      # writes them to a new folder, to try predict.py with
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from data import Split
+from data import Split, load
+from runtime import cli
+from runtime.errors import UserError
 
+PROGRAM = "python -m analysis.examples"
 SIDE, MARGIN = 300, 40  # pixels: of a picture, and around its object
 SEED = 0  # of the cloth
 
@@ -80,3 +86,25 @@ def _cloth() -> np.ndarray:
 
 def _picture(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the pictures to a folder, as PNG files."""
+    parser = cli.Parser("Write six pictures, composed of test images, to try predict.py with.")
+    parser.prog = PROGRAM
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder for the PNG files")
+    cli.add_data_dir(parser)
+    args = parser.parse_args(argv)
+    if args.folder.exists():
+        raise UserError(f"{cli.shown(args.folder)} is there already: name a new folder")
+    (test,) = load("test", data_dir=args.data_dir, other_data=args.other_data)
+    pictures = examples(test)
+    args.folder.mkdir(parents=True)
+    for number, (title, picture) in enumerate(pictures, 1):
+        picture.save(args.folder / f"{number} {title.replace('/', ' ')}.png")
+    print(f"{len(pictures)} pictures are in {cli.shown(args.folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, PROGRAM)

@@ -90,39 +90,6 @@ def test_the_background_may_be_light_or_dark(images):
     assert seen(saved(grey))[0, 0] == 0  # a grey background becomes black, too
 
 
-def on_cloth(image, colour, chance):
-    """A test image as a photo of a garment on checked cloth of this colour: RGB."""
-    edge, gap = 28 * chance.randrange(5, 10), chance.randrange(20, 80)
-    side = edge + 2 * gap
-    rows, columns = np.mgrid[:side, :side] // 10
-    cloth = np.array(colour) + 16 * ((rows + columns) % 2)[..., None] + chance.randrange(8)
-    canvas = Image.fromarray(cloth.clip(0, 255).astype(np.uint8))
-    alpha = Image.fromarray(np.where(image > 12, 255, 0).astype(np.uint8)).resize((edge, edge), INTERPOLATIONS[1])
-    garment = Image.fromarray(255 - image).resize((edge, edge), INTERPOLATIONS[1])
-    canvas.paste(garment.convert("RGB"), (gap, gap), alpha)
-    return canvas
-
-
-def answers(pictures, sample):
-    model, _ = checkpoint.load(ROOT / "checkpoints" / "distilled" / "best_cnn_fmnist.pt")
-    pixels = torch.from_numpy(np.stack(pictures))
-    split = sample["test"]._replace(images=pixels, labels=torch.zeros(len(pixels), dtype=torch.int64))
-    return engine.predict_logits(model, split).argmax(1).numpy()
-
-
-@pytest.mark.parametrize("colour", [(90, 20, 30), (150, 190, 220)], ids=["dark", "light"])
-def test_a_garment_on_cloth_is_found_and_its_answer_is_stable(images, sample, colour):
-    chance = random.Random(0)
-    some = images[:60]
-    scenes = [on_cloth(image, colour, chance) for image in some]
-    found = answers([convert(scene) for scene in scenes], sample)
-    assert (found == answers(list(some), sample)).mean() > 0.85
-    anew = [seen(saved(scene, "JPEG", quality=chance.choice([80, 95]))) for scene in scenes]
-    cropped = [convert(scene.crop((2, 2, scene.width - 2, scene.height - 2))) for scene in scenes]
-    assert (found != answers(anew, sample)).mean() < 0.05
-    assert (found != answers(cropped, sample)).mean() < 0.07
-
-
 def test_a_corner_a_speck_and_a_frame_count_for_nothing(images):
     garment = enlarged(images[0], random.Random(3)).convert("RGB")
     expected = convert(garment).astype(int)
