@@ -45,11 +45,11 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)), clearness
 
 
-def fit_border(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+def fit_border(pixels: np.ndarray, least: float) -> np.ndarray | None:
     """Fit a background of smooth shades to the border of an RGB picture, such as a wall in uneven light.
 
     pixels: uint8 (height, width, 3). Returns the shades, float32 (height, width, 3), of which each channel is a
-    polynomial of second degree, and the share of the border that has them. An object may cover a part of the border.
+    polynomial of second degree; None where less than this share of the border has them. An object may cover the rest.
     """
     working = _reduced(pixels).astype(np.float32)
     is_border = _border(*working.shape[:2])
@@ -60,10 +60,12 @@ def fit_border(pixels: np.ndarray) -> tuple[np.ndarray, float]:
         factors = np.linalg.lstsq(powers[used], colours[used])[0].astype(np.float32)
         distance = np.linalg.norm(powers @ factors - colours, axis=1)
         used = distance <= max(SHADE, np.median(distance))
+    if (distance <= SHADE).mean() < least:
+        return None
     y, x = (np.linspace(-1, 1, edge, dtype=np.float32) for edge in pixels.shape[:2])
     y, x = y[:, None, None], x[:, None]
     one, x1, x2, y1, xy, y2 = factors
-    return one + x * (x1 + x * x2) + y * (y1 + x * xy + y * y2), float((distance <= SHADE).mean())
+    return np.asarray(one + x * (x1 + x * x2) + y * (y1 + x * xy + y * y2))
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:

@@ -119,8 +119,8 @@ def _convert(picture: Image.Image) -> tuple[np.ndarray, np.ndarray, tuple[str, .
 
 def _find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     """Find the object, bool (height, width), and its clearness, in front of smooth shades or of anything else."""
-    shades, share = fit_border(pixels)
-    if share >= PLAIN:
+    shades = fit_border(pixels, PLAIN)
+    if shades is not None:
         found = without_thin_parts(_differs(pixels, shades))
         if found.any():
             return found, 1.0
