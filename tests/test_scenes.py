@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SAMPLE
 from PIL import Image
 from scipy import ndimage
 
 import checkpoint
-from analysis import classify
+from analysis import classify, examples
 from pictures.convert import convert
+from pictures.read import read
 from runtime import cli
+from runtime.errors import UserError
 
 EVERY = 14  # of the sample's 500 test images, in each scene
 PLAIN = {
@@ -86,11 +89,15 @@ def cropped(picture, chance):
 
 
 @pytest.fixture(scope="module")
-def answered(sample):
-    """For each background the answers, int64 (n,), to: the test images, the scenes, these saved again, and cropped."""
+def candidate():
+    """The network that answers to pictures."""
     path = Path(cli.PICTURES_CHECKPOINT)
-    model, info = checkpoint.load(path)
-    candidate = classify.candidate(path, model, info)
+    return classify.candidate(path, *checkpoint.load(path))
+
+
+@pytest.fixture(scope="module")
+def answered(candidate, sample):
+    """For each background the answers, int64 (n,), to: the test images, the scenes, these saved again, and cropped."""
     images, chance = sample["test"].images[::EVERY].numpy(), random.Random(0)
     found = {}
     for name, colour in (PLAIN | OTHERS).items():
@@ -120,3 +127,16 @@ def test_saving_a_picture_again_hardly_changes_an_answer(answered):
 
 def test_cropping_a_few_pixels_hardly_changes_an_answer(answered):
     assert agreement(answered, answered, 1, 3) > 0.96
+
+
+def test_the_composed_examples_can_be_written_and_answered(candidate, tmp_path):
+    words = [str(tmp_path / "new"), "--data-dir", str(SAMPLE)]
+    assert examples.main(words) == 0
+    files = sorted((tmp_path / "new").iterdir())
+    assert len(files) == 6
+    pixels = [convert(read(file)) for file in files]
+    answers = classify.probabilities(classify.logits_of(candidate, pixels), 1).argmax(1)
+    right = [candidate.classes[answer] in file.name for answer, file in zip(answers, files, strict=True)]
+    assert sum(right) >= 5  # the sample's first boot is like a sneaker
+    with pytest.raises(UserError, match="is there already"):
+        examples.main(words)
