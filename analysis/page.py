@@ -182,7 +182,7 @@ def _inputs(explainer: Explainer) -> tuple[gradio.Image, gradio.HTML, gradio.Ske
     with gradio.Tab("Drawing"):
         drawing = gradio.Sketchpad(
             canvas_size=(HEIGHT, HEIGHT),
-            label="Take the brush, and draw",
+            label="Draw here",
             brush=gradio.Brush(default_size=14, colors=["#000000", "#808080"]),
             transforms=(),
             layers=False,

@@ -67,7 +67,7 @@ def read_labels(path: Path, classes: Sequence[str]) -> list[Labelled]:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    if twice := [name for name in header if header.count(name) > 1]:
+    if twice := [name for name in header if name and header.count(name) > 1]:
         raise UserError(f"{cli.shown(path)}: its header names the column {twice[0]!r} twice")
     if "file" not in header or not {"label", "strict"} & {*header}:
         lacking = "file" if "file" not in header else "label or strict"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pictures.background import find_object, fit_border, large_parts, without_thin_parts
+from pictures.background import LARGE, find_object, fit_border, large_parts, without_thin_parts
 from pictures.read import PictureError, read
 
 SIZE = 28
@@ -33,6 +33,9 @@ FULL = 0.85  # of the pixels in the first rows and columns inside a frame have a
 CLEAR = 0.45  # below this clearness of its edge, the object was hardly found
 HEAD = 0.7, 2.2  # a head is at least and at most so many times as high as wide
 NARROW, WIDE = 0.8, 1.6  # a neck is narrower, and shoulders are wider, by these factors than the head
+FAINT = 0.03, TOLERANCE  # in front of smooth shades, an object is at least so far from them, by their noise
+NOISY = 4  # times the noise of the border
+RIM = 0.4  # of a pixel of the result
 SPREAD = 1.1, 1.8  # with spread sleeves, a garment is more and less wide than so many times its height
 EVEN_SIDES = 0.8  # of its silhouette is also there in the mirrored one
 SLEEVE = 0.7  # of the middle's height: the ends of the sleeves have less
@@ -100,8 +103,6 @@ def _convert(picture: Image.Image) -> tuple[np.ndarray, np.ndarray, tuple[str, .
     background, is_plain = _find_background(pixels)
     if is_plain:
         mask = _differs(pixels, background)
-        if not mask.any():
-            raise PictureError("all of one colour: it shows no object")
         if _keeps_polarity(pixels, mask, background):
             mask = _without_specks(mask)
             fitted = _fit(picture.crop(_bounding_box(mask)))
@@ -121,18 +122,29 @@ def _find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     """Find the object, bool (height, width), and its clearness, in front of smooth shades or of anything else."""
     shades = fit_border(pixels, PLAIN)
     if shades is not None:
-        found = without_thin_parts(_differs(pixels, shades))
+        distance = _distance(pixels, shades)
+        noise = np.percentile(np.concatenate([distance[0], distance[-1], distance[:, 0], distance[:, -1]]), 80)
+        found = without_thin_parts(_without_rim(large_parts(distance > np.clip(NOISY * noise, *FAINT), LARGE)))
         if found.any():
             return found, 1.0
     return find_object(pixels)
 
 
+def _without_rim(mask: np.ndarray) -> np.ndarray:
+    """Leave out the edge of an object, where its colour and the background's are mixed: RIM of the final pixels."""
+    from scipy import ndimage
+
+    left, top, right, bottom = _bounding_box(mask) if mask.any() else (0, 0, 0, 0)
+    width = round(RIM * max(right - left, bottom - top) / SIZE)
+    return np.asarray(ndimage.binary_erosion(mask, iterations=width)) if width else mask
+
+
 def _differs(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Find what differs from a background, of one colour (3,) or of shades (height, width, 3): bool (height, width)."""
+    """Find what differs from a plain background: bool (height, width). Raises PictureError if nothing does."""
     distance = _distance(pixels, background)
     differs = distance > TOLERANCE
     if not differs.any():
-        return differs
+        raise PictureError("all of one colour: it shows no object")
     return np.asarray(distance > max(TOLERANCE, EDGE * np.percentile(distance[differs], 90)))
 
 

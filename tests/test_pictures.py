@@ -101,6 +101,31 @@ def test_a_corner_a_speck_and_a_frame_count_for_nothing(images):
         assert np.abs(convert(picture) - expected).mean() < 6
 
 
+def drawn(*boxes):
+    """A dark top of these boxes on a blue background."""
+    picture = Image.new("RGB", (300, 260), (70, 120, 190))
+    for box in boxes:
+        picture.paste((30, 30, 30), box)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("boxes", "is_squeezed"),
+    [
+        ([(95, 60, 205, 230), (30, 60, 270, 110)], True),  # a top with its sleeves spread
+        ([(95, 60, 205, 230), (30, 60, 205, 110)], False),  # with one sleeve
+        ([(40, 90, 260, 230)], False),  # a bag
+        ([(95, 30, 205, 230), (60, 60, 240, 110)], False),  # a top that is higher than wide
+        ([(130, 90, 170, 170), (20, 110, 280, 140)], False),  # a long thin thing
+    ],
+)
+def test_spread_sleeves_are_squeezed_and_nothing_else(boxes, is_squeezed):
+    rows, columns = (np.flatnonzero((convert(drawn(*boxes)) > 60).any(axis)) for axis in (1, 0))
+    edges = [max(box[k] for box in boxes) - min(box[k - 2] for box in boxes) for k in (2, 3)]  # width, height
+    expected = 1 if is_squeezed else edges[0] / edges[1]
+    assert (np.ptp(columns) + 1) / (np.ptp(rows) + 1) == pytest.approx(expected, rel=0.12)
+
+
 def test_a_person_is_cropped_at_the_neck_and_said(images):
     picture = Image.new("RGB", (300, 460), (120, 150, 110))
     draw = ImageDraw.Draw(picture)
