@@ -222,9 +222,7 @@ def test_what_cannot_be_written_is_noticed_before_the_work(tmp_path):
     locked.chmod(0o555)
     before = sorted(tmp_path.rglob("*"))
     for finished in in_a_fork(run_where_permissions_count, [*cases(locked)]):
-        assert_one_line_error(
-            finished, "locked.* cannot be written to: Permission|folder.json is a folder|Permission.*locked"
-        )
+        assert_one_line_error(finished, "locked.*: Permission|folder.json is a folder")
     assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".lock"] == before
 
 

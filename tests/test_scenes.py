@@ -117,7 +117,7 @@ def test_a_product_on_a_plain_background_is_answered_as_the_image_itself(answere
 
 
 def test_a_garment_is_found_on_every_kind_of_background(answered):
-    assert agreement(answered, OTHERS, 0, 1) > 0.92
+    assert agreement(answered, OTHERS, 0, 1) > 0.9
     assert min(agreement(answered, [name], 0, 1) for name in OTHERS) > 0.8
 
 
@@ -126,7 +126,7 @@ def test_saving_a_picture_again_hardly_changes_an_answer(answered):
 
 
 def test_cropping_a_few_pixels_hardly_changes_an_answer(answered):
-    assert agreement(answered, answered, 1, 3) > 0.96
+    assert agreement(answered, answered, 1, 3) > 0.98
 
 
 def test_the_composed_examples_can_be_written_and_answered(candidate, tmp_path):
