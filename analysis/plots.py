@@ -461,9 +461,10 @@ def strength(rows: Rows) -> Figure:
     for key, name, colour in lines:
         points = [(row["strength"], 100 * row[key]) for row in rows]
         axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+        above = 7 if key == "plain" else -15  # points
         for x, y in points:
             if key != "mirrored":
-                axes.annotate(f"{y:.1f}%", (x, y), (0, 7), textcoords="offset points", ha="center", color=colour)
+                axes.annotate(f"{y:.1f}%", (x, y), (0, above), textcoords="offset points", ha="center", color=colour)
     axes.set(xlabel="strength of the augmentation (1: recipe robust)", ylabel="accuracy, %", ylim=(70, 97))
     axes.set_xticks([row["strength"] for row in rows])
     axes.legend(loc="lower right", frameon=False)

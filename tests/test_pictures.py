@@ -30,6 +30,7 @@ from dataset.forms import PARQUET
 from dataset.forms import decode as decode_of_a_set
 from dataset.idx import DataError
 from pictures import worker
+from pictures.background import fit_border
 from pictures.convert import convert, explain
 from pictures.decode import decode
 from pictures.read import PictureError, files_below, read
@@ -124,6 +125,16 @@ def test_spread_sleeves_are_squeezed_and_nothing_else(boxes, is_squeezed):
     edges = [max(box[k] for box in boxes) - min(box[k - 2] for box in boxes) for k in (2, 3)]  # width, height
     expected = 1 if is_squeezed else edges[0] / edges[1]
     assert (np.ptp(columns) + 1) / (np.ptp(rows) + 1) == pytest.approx(expected, rel=0.12)
+
+
+def test_an_object_that_covers_a_part_of_the_border_leaves_the_shades_as_they_are():
+    rows, columns = np.mgrid[:200, :300]
+    wall = np.stack([150 + rows / 4 - columns / 5, 140 + columns / 6, 120 + rows * columns / 2000], -1)
+    pixels = wall.round().astype(np.uint8)
+    pixels[120:, 130:210] = 20  # to the lower edge
+    assert np.abs(fit_border(pixels, 0.9) - wall).max() < 4
+    pixels[:, :100] = 20
+    assert fit_border(pixels, 0.9) is None
 
 
 def test_a_person_is_cropped_at_the_neck_and_said(images):
