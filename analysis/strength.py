@@ -1,6 +1,6 @@
 """Train the CNN by recipe `robust` with its augmentation at several strengths, to show what that costs and brings.
 
-python -m analysis.strength      # about 20 minutes on two cores; a repeated command trains what is missing
+python -m analysis.strength      # about 12 minutes on one core; a repeated command trains what is missing
 
 It trains on 40,000 of the training images and measures on the other 20,000, never on the test set. The numbers go to
 runs/strength.json and the curve to docs/figures/strength.png.

@@ -6,6 +6,8 @@ Two Gaussian mixtures, of the background's colours and of the object's, are fitt
 give, as GrabCut does (Rother et al. 2004, doi:10.1145/1015706.1015720); a blur takes the place of its graph cut.
 The first background is the picture's border. There are two first objects: the middle of the picture, and what is least
 like the border there. Of the two masks that they end in, the one with the clearer edge is taken.
+
+shades = fit_border(pixels, 0.9)           # a background that changes smoothly from edge to edge, if there is one
 """
 
 import numpy as np
@@ -74,8 +76,13 @@ def _reduced(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BOX))
 
 
+def outermost(values: np.ndarray) -> np.ndarray:
+    """Return the values, (height, width, ...), of the first and last row and column: (n, ...)."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
 def _border(height: int, width: int) -> np.ndarray:
-    """Return which pixels are the border: bool (height, width)."""
+    """Return which pixels are the border, a band around the picture: bool (height, width)."""
     band = max(1, round(BAND * max(height, width)))
     is_border = np.ones((height, width), bool)
     is_border[band:-band, band:-band] = False
@@ -118,10 +125,12 @@ def _separate(lab: np.ndarray, behind: int, before: int, share: float) -> np.nda
     return mask
 
 
-def without_thin_parts(mask: np.ndarray) -> np.ndarray:
-    """Keep the large parts of a mask, without lines of one or two pixels, and fill their holes."""
+def without_thin_parts(mask: np.ndarray, rim: int = 0) -> np.ndarray:
+    """Keep the large parts of a mask, without lines of one or two pixels and a rim of so many, and fill their holes."""
     from scipy import ndimage
 
+    if rim:
+        mask = ndimage.binary_erosion(mask, iterations=rim)
     return large_parts(ndimage.binary_opening(mask), LARGE)
 
 
@@ -152,7 +161,7 @@ def _clearness(mask: np.ndarray, edges: np.ndarray) -> float:
     if not FEW < mask.mean() < MOST:
         return 0.0
     edge = mask & ~ndimage.binary_erosion(mask, border_value=1)
-    cut = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+    cut = outermost(mask).mean()
     return max(0.0, float(edges[edge].mean() - CUT * cut))
 
 

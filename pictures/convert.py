@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pictures.background import LARGE, find_object, fit_border, large_parts, without_thin_parts
+from pictures.background import LARGE, find_object, fit_border, large_parts, outermost, without_thin_parts
 from pictures.read import PictureError, read
 
 SIZE = 28
@@ -33,12 +33,12 @@ FULL = 0.85  # of the pixels in the first rows and columns inside a frame have a
 CLEAR = 0.45  # below this clearness of its edge, the object was hardly found
 HEAD = 0.7, 2.2  # a head is at least and at most so many times as high as wide
 NARROW, WIDE = 0.8, 1.6  # a neck is narrower, and shoulders are wider, by these factors than the head
-FAINT = 0.03, TOLERANCE  # in front of smooth shades, an object is at least so far from them, by their noise
-NOISY = 4  # times the noise of the border
-RIM = 0.4  # of a pixel of the result
-SPREAD = 1.1, 1.8  # with spread sleeves, a garment is more and less wide than so many times its height
-EVEN_SIDES = 0.8  # of its silhouette is also there in the mirrored one
-SLEEVE = 0.7  # of the middle's height: the ends of the sleeves have less
+NOISY = 4  # an object is so many times as far from smooth shades as the noise of the border
+FAINT = 0.03, TOLERANCE  # but this distance is not less and not more
+RIM = 0.4  # of a pixel of the result: the edge of an object, where its colour is mixed with the background's
+SPREAD = 1.1, 1.8  # the width of a top with spread sleeves, divided by its height, is between these
+EVEN_SIDES = 0.8  # of its silhouette is also in the mirrored silhouette
+SLEEVE = 0.7  # of the height in its middle: it is lower at the ends of the sleeves
 SHARPEN = ImageFilter.Kernel(  # a Gaussian of sigma 1, at half the publisher's strength: the resizing here is sharper
     (3, 3), [-31, -51, -31, -51, 1328, -51, -31, -51, -31], 1000
 )
@@ -123,20 +123,14 @@ def _find_object(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     shades = fit_border(pixels, PLAIN)
     if shades is not None:
         distance = _distance(pixels, shades)
-        noise = np.percentile(np.concatenate([distance[0], distance[-1], distance[:, 0], distance[:, -1]]), 80)
-        found = without_thin_parts(_without_rim(large_parts(distance > np.clip(NOISY * noise, *FAINT), LARGE)))
+        noise = np.percentile(outermost(distance), 80)
+        found = large_parts(distance > np.clip(NOISY * noise, *FAINT), LARGE)
+        if found.any():
+            left, top, right, bottom = _bounding_box(found)
+            found = without_thin_parts(found, rim=round(RIM * max(right - left, bottom - top) / SIZE))
         if found.any():
             return found, 1.0
     return find_object(pixels)
-
-
-def _without_rim(mask: np.ndarray) -> np.ndarray:
-    """Leave out the edge of an object, where its colour and the background's are mixed: RIM of the final pixels."""
-    from scipy import ndimage
-
-    left, top, right, bottom = _bounding_box(mask) if mask.any() else (0, 0, 0, 0)
-    width = round(RIM * max(right - left, bottom - top) / SIZE)
-    return np.asarray(ndimage.binary_erosion(mask, iterations=width)) if width else mask
 
 
 def _differs(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -229,7 +223,7 @@ def is_small_grey(pixels: np.ndarray) -> bool:
 
 def _find_background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     """Find the most frequent colour of the border, uint8 (3,), and whether it is the border's only one."""
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    border = outermost(pixels)
     cells = (border >> 4).astype(np.int32) @ [256, 16, 1]
     colour = border[cells == np.bincount(cells).argmax()].mean(0)
     for _ in range(3):  # the cell's edge may divide the colour

@@ -338,13 +338,6 @@ def run(main: Callable[[], int], name: str | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _reason(error: UserError | OSError) -> str:
-    """Say in one line what went wrong; of a file, with its name first."""
-    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str | Path):
-        return one_line(f"{shown(error.filename)}: {error.strerror}")
-    return one_line(error)
-
-
 def _status(main: Callable[[], int], name: str) -> int:
     """Run main, print what ended it, and return the exit code."""
     try:
@@ -364,3 +357,10 @@ def _status(main: Callable[[], int], name: str) -> int:
     except (UserError, OSError) as error:
         print_error(f"{name}: error: {_reason(error)}")
         return 2
+
+
+def _reason(error: UserError | OSError) -> str:
+    """Say in one line what went wrong; of a file, with its name first."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str | Path):
+        return one_line(f"{shown(error.filename)}: {error.strerror}")
+    return one_line(error)
