@@ -43,6 +43,16 @@ ROBUST = {  # the first value is a share of the images
     "fade": [0.25, 0.2],
     "noise": [0.25, 0.26],
 }
+GENTLER = ROBUST | {  # the same changes of half as many images, which costs less accuracy
+    "warp": [0.25, 30, 0.2, 4],
+    "light": [0.15, 0.5],
+    "clutter": [0.05, 6],
+    "veil": [0.05, 0.3],
+    "erase": [12, 0.15],
+    "blur": [0.125, 2.0],
+    "fade": [0.125, 0.2],
+    "noise": [0.125, 0.26],
+}
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     # The published protocol. Its values never change.
@@ -94,7 +104,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
         "resnet": Recipe(
             epochs=65, batch_size=256, optimizer="muon", lr=5e-3, muon_lr=0.04, warmup=0.2, precision="auto",
-            augment=ROBUST, prune=0.7,
+            augment=GENTLER, prune=0.7,
         ),
     },
 }  # fmt: skip
