@@ -155,7 +155,8 @@ def rule_path(path: str | Path) -> Path:
 def read_rule(place: Path) -> tuple[str, Rule]:
     """Read the file of a rule: the checkpoint's SHA-256, and the rule. Raises UserError where the file is damaged."""
     content = read_json(place, LARGEST_RULE)
-    if wrong := problem(content, RULE):
+    wrong = problem(content, RULE) or ("unlike is above energy" if content["unlike"] > content["energy"] else "")
+    if wrong:
         raise UserError(f"{cli.shown(place)} is no rule for pictures: {wrong}; restore it, or move it away")
     return content["checkpoint_sha256"], Rule(**{name: content[name] for name in Rule._fields})
 
@@ -223,8 +224,8 @@ class Json(Table):
 
     def line(self, row: Classified) -> str:
         probabilities = dict(row.ranking[: self.top])
-        notes = list(row.conversion.notes)
-        return json.dumps({"picture": row.name, "answer": row.answer, "probabilities": probabilities, "notes": notes})
+        said = {"picture": row.name, "answer": row.answer, "probabilities": probabilities, "energy": row.energy}
+        return json.dumps(said | {"notes": list(row.conversion.notes)})
 
 
 class Csv(Table):

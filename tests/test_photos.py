@@ -191,6 +191,9 @@ def test_a_fitted_rule_belongs_to_its_checkpoint(garments, tmp_path):
     assert answer(energy=1000.0)[0]["answer"] == classify.NOT_SURE
     assert answer(energy=1000.0, unlike=1000.0)[0]["answer"] == classify.UNLIKE
     assert answer(probability=1.0)[0]["answer"] == classify.NOT_SURE
+    (tmp_path / "best_own.pictures.json").write_text(json.dumps(content | {"measured": {}, "unlike": 0.0}))
+    with pytest.raises(UserError, match="unlike is above energy"):
+        classify.rule_of(own, info)
     other, said = answer(checkpoint_sha256="0" * 64, probability=1.0)
     assert "is not the checkpoint that best_own.pictures.json was fitted for: its answers are sure from" in said
     assert other["answer"] != classify.NOT_SURE

@@ -55,11 +55,10 @@ def test_a_folder_is_classified_and_a_file_that_is_not_a_picture_is_skipped_with
     for row, answer, energy in zip(rows, expected, energies, strict=True):
         assert next(iter(row["probabilities"])) == CLASSES[answer]
         assert sum(row["probabilities"].values()) == pytest.approx(1)
-        if energy < candidate.rule.energy:
-            assert row["answer"] == "unlike all ten kinds"
-        else:
-            is_sure = max(row["probabilities"].values()) >= candidate.rule.probability
-            assert row["answer"] == (CLASSES[answer] if is_sure else "not sure")
+        assert row["energy"] == pytest.approx(energy)
+        likely = max(row["probabilities"].values()) >= candidate.rule.probability
+        doubt = "unlike all ten kinds" if energy < candidate.rule.unlike else "not sure"
+        assert row["answer"] == (CLASSES[answer] if likely and energy >= candidate.rule.energy else doubt)
 
 
 def test_table_and_csv_say_the_same(folder):
