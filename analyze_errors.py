@@ -2,6 +2,7 @@
 
 python analyze_errors.py                                 # checkpoints/best_cnn_fmnist.pt
 python analyze_errors.py A.pt B.pt --figures-dir other   # side by side, and where they disagree
+python analyze_errors.py --human-votes fmh_counts.csv    # compare with what people see in the test images
 python analyze_errors.py --deep                # first train the folds and seeds that the report compares with: hours
 """
 
@@ -38,6 +39,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument(
         "--deep-dir", metavar="DIR", type=Path, default=cli.DEEP, help="where their results are (default: runs/deep)"
     )
+    parser.add_argument(
+        "--human-votes",
+        metavar="FILE.csv",
+        type=Path,
+        help="compare with people's votes on the test images: fmh_counts.csv of Fashion-MNIST-H (docs/mistakes.md)",
+    )
     cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.loading():  # only now: --help should not wait for PyTorch
         import checkpoint
         import data
-        from analysis import composition, explain, report, trainings
+        from analysis import composition, explain, humans, report, trainings
         from runtime import device
         from training.record import history_of
 
@@ -63,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=args.other_data)
     for path, _, info in loaded:
         checkpoint.check_classes(path, info, test)
+    votes = humans.read_votes(args.human_votes, test.labels.numpy()) if args.human_votes else None
     where = {"data_dir": args.data_dir, "other_data": args.other_data}
-    if args.deep and (code := trainings.run(args.deep_dir, train, test, args.device, **where)):
+    if args.deep and (code := trainings.run(args.deep_dir, train, test, args.device, votes, **where)):
         print("analyze_errors.py: interrupted; the same command resumes it", file=sys.stderr)
         return code
 
@@ -75,15 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.deep:
         results.embed(digest, first.features)
     evidence = composition.gather(first, train_features, train, test, results)
-    numbers, embedding = composition.numbers(measured, evidence), results.embedding(digest, len(test.labels))
+    people = composition.people(measured, evidence, votes) if votes else results.people(digest)
+    if args.deep and votes and people:
+        results.keep_people(digest, people)
+    numbers, embedding = composition.numbers(measured, evidence, people), results.embedding(digest, len(test.labels))
     if results.stale:
         names = ", ".join(sorted(results.stale))
         print(f"deep results of other code or recipes are skipped: {names}; --deep makes them again", file=sys.stderr)
 
     summary = report.summary(path, digest, first, numbers, test)
     with ThreadPoolExecutor(1) as pool:  # the page's pictures are packed meanwhile: two seconds less
-        drawing = pool.submit(report.figures, first, test, history_of(path))
-        page = report.page(measured, evidence, numbers, train, test, embedding)
+        drawing = pool.submit(report.figures, first, test, history_of(path), people)
+        page = report.page(measured, evidence, numbers, train, test, embedding, votes)
     pictures = drawing.result()
     contents = {**pictures, "report.html": report.render(page), "analysis.json": files.to_json(summary).encode()}
     args.figures_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +133,8 @@ def remove_stale(folder: Path, written: dict[str, bytes]) -> None:
     """Remove the figures of another checkpoint that this one does not have, and say so."""
     if "training_curves.png" not in written:
         print("no training curves: the history of this checkpoint's run is not beside it")
-    for name in ("training_curves.png", "shirt_mistakes.png"):
+    people = ("people_sides.png", "people_entropy.png", "people_trainings.png")
+    for name in ("training_curves.png", "shirt_mistakes.png", *people):
         if name not in written and (folder / name).exists():
             (folder / name).unlink()
             print(f"{cli.shown(folder / name)} was of another checkpoint and is removed")

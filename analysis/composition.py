@@ -22,8 +22,8 @@ import checkpoint
 import engine
 import metrics
 import recipes
-from analysis import corruptions, explain, mistakes
-from analysis.trainings import Result, Results, seed_jobs
+from analysis import corruptions, explain, humans, mistakes
+from analysis.trainings import Result, Results, seed_jobs, seeds_of
 from data import Split
 from metrics import share
 from runtime import cli
@@ -34,8 +34,7 @@ GROUPS = {  # of the mistakes; each mistake counts in the first group that it fi
     "consensus": "consensus mistakes",
     "unstable": "unstable mistakes",
 }
-UNKNOWN = {"unknown": "not known without five trainings"}  # in place of the last two
-CONSENSUS_SEEDS = 5  # trainings that must agree on a mistake, at least
+UNKNOWN = {"unknown": "not known without other trainings"}  # in place of the last two
 PIXEL_LIMIT = 0.04  # RMS difference, of the grey range, below which two images are near-duplicates; and further apart,
 FEATURE_LIMIT, LOOSE_PIXEL_LIMIT = 0.025, 0.075  # cosine distance of features, with a wider limit for the pixels
 OTHER_LIMITS = (0.5, 0.75, 1.0, 1.5, 2.0)  # factors of all three, to see what depends on them
@@ -275,12 +274,12 @@ def label_issues(labels: np.ndarray, out_of_fold: np.ndarray) -> np.ndarray:
     return find_label_issues(labels, out_of_fold, return_indices_ranked_by="self_confidence", n_jobs=1)
 
 
-def consensus(predicted: np.ndarray, votes: np.ndarray) -> np.ndarray | None:
-    """Judge whether all trainings answer as the model does: bool (n,); None with fewer than CONSENSUS_SEEDS of them.
+def consensus(predicted: np.ndarray, votes: np.ndarray, needed: int) -> np.ndarray | None:
+    """Judge whether all trainings answer as the model does: bool (n,); None with fewer than needed.
 
     predicted: int (n,), votes: int (trainings, n).
     """
-    return (votes == predicted).all(0) if len(votes) >= CONSENSUS_SEEDS else None
+    return (votes == predicted).all(0) if len(votes) >= needed else None
 
 
 def group(
@@ -299,7 +298,7 @@ def group(
 
 def group_of(each: Measured, evidence: Evidence) -> np.ndarray:
     """Name the group of each test image, "" where the checkpoint is right: str (n,)."""
-    agreed = consensus(each.predicted, evidence.votes(each.kind))
+    agreed = consensus(each.predicted, evidence.votes(each.kind), seeds_of(each.model))
     return group(each.wrong, evidence.suspect, evidence.duplicate, agreed)
 
 
@@ -325,16 +324,31 @@ def _by_kind(seeds: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
 # --- in numbers ------------------------------------------------------------------------------------------
 
 
-def numbers(measured: Sequence[Measured], evidence: Evidence) -> dict[str, Any]:
-    """Describe the mistakes in plain numbers, as they are in analysis.json under "report"."""
+def numbers(
+    measured: Sequence[Measured], evidence: Evidence, people: dict[str, Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Describe the mistakes in plain numbers, as they are in analysis.json under "report"; people: of people()."""
     answers = np.array([each.predicted for each in measured])
     return {
         "checkpoints": [_checkpoint_numbers(each, evidence) for each in measured],
         "label_issues": _label_numbers(evidence),
         "near_duplicates": _duplicate_numbers(evidence, ~measured[0].wrong),
         "robustness": [_robustness(kind, own) for kind, own in evidence.trainings.items()],
+        "people": people,
         "disagreements": int((answers != answers[0]).any(0).sum()) if len(measured) > 1 else None,
     }
+
+
+def people(measured: Sequence[Measured], evidence: Evidence, votes: humans.Votes) -> dict[str, Any]:
+    """Compare the checkpoints and the other trainings with people's votes, in plain numbers."""
+    subjects = [humans.Subject(each.name, each.probabilities, group_of(each, evidence)) for each in measured]
+    trainings = [
+        humans.Trainings(", ".join(kind), evidence.votes(kind), [each["people"] for each in own if "people" in each])
+        for kind, own in evidence.trainings.items()
+    ]
+    bits = ambiguity(np.concatenate([each.answers for each in trainings])) if trainings else None
+    images = humans.Labelled(evidence.labels, evidence.classes, evidence.suspect)
+    return humans.compare(votes, images, subjects, trainings, bits)
 
 
 def _checkpoint_numbers(each: Measured, evidence: Evidence) -> dict[str, Any]:
@@ -355,7 +369,7 @@ def _checkpoint_numbers(each: Measured, evidence: Evidence) -> dict[str, Any]:
 
 def _group_shares(each: Measured, evidence: Evidence) -> dict[str, dict[str, Any]]:
     """Count the mistakes in every group for which there is evidence."""
-    known = len(evidence.trainings.get(each.kind, [])) >= CONSENSUS_SEEDS
+    known = len(evidence.trainings.get(each.kind, [])) >= seeds_of(each.model)
     names = ["duplicate", *(("consensus", "unstable") if known else UNKNOWN)]
     groups = group_of(each, evidence)
     if evidence.suspects is not None:
@@ -403,12 +417,14 @@ def _share_of(truths: np.ndarray) -> dict[str, Any]:
 
 
 def _robustness(kind: tuple[str, str], own: Sequence[Result]) -> dict[str, Any]:
-    """Average the accuracies of trainings of a kind: clean, by corruption and strength, and over these."""
+    """Average the accuracies of trainings of a kind: plain, mirrored, by corruption and strength, over the latter."""
     curves = {name: np.mean([each["robustness"][name] for each in own], 0).tolist() for name in corruptions.KINDS}
+    mirrored = [each["mirrored"] for each in own if "mirrored" in each]
     return {
         "name": ", ".join(kind),
         "n": len(own),
         "clean": float(np.mean([each["accuracy"] for each in own])),
+        "mirrored": float(np.mean(mirrored)) if mirrored else None,
         "curves": curves,
         "mean": {name: float(np.mean(curve)) for name, curve in curves.items()},
         "all": float(np.mean(list(curves.values()))),
@@ -422,10 +438,11 @@ def notes(numbers: dict[str, Any]) -> list[str]:
     """Write the sentences that belong under the groups; numbers: of numbers()."""
     first = numbers["checkpoints"][0]
     command = cli.command("analyze_errors.py", "--deep")
-    planned = {(key["model"], key["recipe_name"]) for key in seed_jobs().values()}
+    planned = {(key["model"], key["recipe_name"]) for key in seed_jobs(is_taught=True).values()}
     how = f"{command} runs them" if (first["model"], first["recipe"]) in planned else "--deep does not run them"
-    enough = first["consensus_trainings"] >= CONSENSUS_SEEDS
-    missing = [] if enough else [f"Consensus needs five trainings of {first['model']}, {first['recipe']}: {how}."]
+    needed = seeds_of(first["model"])
+    enough = first["consensus_trainings"] >= needed
+    missing = [] if enough else [f"Consensus needs {needed} trainings of {first['model']}, {first['recipe']}: {how}."]
     cautions = [f"{each['name']}: {each['caution']}." for each in numbers["checkpoints"] if each.get("caution")]
     own = [_label_note(numbers["label_issues"], command), *missing, _duplicate_note(numbers["near_duplicates"])]
     return cautions + own

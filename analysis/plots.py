@@ -47,6 +47,17 @@ BEHIND = (226, 180, 205)  # stands for a background that was removed
 COLUMNS = 5  # pictures a row
 COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
 REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
+PEOPLE_TITLES = {  # of humans.compare's trainings
+    "people_accuracy": "answers that are people's choice",
+    "cross_entropy_scaled": "cross-entropy to the votes, nats (less is nearer)",
+}
+FEW = 10  # mistakes of a kind that are too few for a bar
+PEOPLE_SIDES = {  # of humans.SIDES, in words
+    "model": ("with the model", BLUE),
+    "label": ("with the label", "#8f2d25"),
+    "other": ("with another class", "#c9d1d8"),
+    "tied": ("tied", "#eef1f3"),
+}
 # Sides of a point where its name may stand: right, left, then below and above from right to left.
 SIDES = [(1.0, 0.0), (-1.0, 0.0), *((x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1))]
 
@@ -468,6 +479,81 @@ def strength(rows: Rows) -> Figure:
     axes.set(xlabel="strength of the augmentation (1: recipe robust)", ylabel="accuracy, %", ylim=(70, 97))
     axes.set_xticks([row["strength"] for row in rows])
     axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def people_sides(checkpoint: Mapping[str, Any], groups: Mapping[str, str]) -> Figure:
+    """Draw with whom people side on a checkpoint's mistakes: all of them, and by kind.
+
+    checkpoint: of humans.compare; groups: the names of the kinds.
+    """
+    kinds = {name: checkpoint["groups"].get(key) for key, name in groups.items()}
+    rows = {"all mistakes": checkpoint["mistakes"]}
+    rows |= {name: row for name, row in kinds.items() if row and row["n"] >= FEW}
+    figure = _figure(0.6 * len(rows) + 1.5)
+    axes, names = figure.subplots(), [f"{_wrapped(name, 26)}\nn = {row['n']:,}" for name, row in rows.items()]
+    left = np.zeros(len(rows))
+    for side, (name, colour) in PEOPLE_SIDES.items():
+        shares = np.array([100 * (row[side]["share"] or 0) for row in rows.values()])
+        bars = axes.barh(names, shares, 0.62, left=left, color=colour, label=name)
+        texts = [f"{share:.0f}%" if share >= 4 else "" for share in shares]
+        axes.bar_label(bars, texts, label_type="center", color="white" if side in ("model", "label") else "black")
+        left += shares
+    chance = [100 * (row["expected"]["model"] or 0) for row in rows.values()]
+    style: dict[str, Any] = {"color": "black", "marker": "|", "markersize": 26, "markeredgewidth": 2, "linestyle": ""}
+    axes.plot(chance, range(len(rows)), label="with the model by chance", **style)
+    axes.set(xlabel="share of the mistakes, %", xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle("Where the model contradicts the label, most people side ...", size=12)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def people_entropy(confidence: Mapping[str, Any], ambiguity: Mapping[str, Any] | None) -> Figure:
+    """Draw how far people disagree on tenths of the images, by confidence and by ambiguity; both of humans.compare."""
+    figure = _figure(3.4)
+    axes, tenths = figure.subplots(), range(1, 11)
+    rows = [(confidence, confidence["tenths"], "least to most confident", BLUE, "o")]
+    if ambiguity:  # the most ambiguous first
+        rows.append((ambiguity, ambiguity["tenths"][::-1], "most to least ambiguous to the trainings", ORANGE, "s"))
+    for found, points, name, colour, marker in rows:
+        label = f"{name} (Spearman {found['spearman']:.2f})".replace("-", "−")
+        axes.plot(tenths, [point["entropy"] for point in points], color=colour, marker=marker, label=label)
+    axes.set(xlabel="tenths of the test images", ylabel="entropy of people's votes, bits", ylim=(0, None))
+    axes.set_xticks(tenths)
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle("People disagree where the model is not confident", size=12)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def people_trainings(rows: Rows) -> Figure:
+    """Draw for kinds of trainings how near they are to the labels, and how near to people's votes.
+
+    rows: the trainings of humans.compare; the right panel has those whose cross-entropy was measured.
+    """
+    titles = {key: title for key, title in PEOPLE_TITLES.items() if any(key in row for row in rows)}
+    figure = _figure(4.4)
+    panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True)) if titles else {}
+    points = {key: [(row["label_accuracy"]["mean"], row[key]["mean"]) for row in rows if key in row] for key in titles}
+    for key, axes in panels.items():
+        axes.plot(*zip(*points[key], strict=True), "o", color=BLUE)
+        axes.set_title(titles[key], size=10)
+        axes.set_xlabel("answers that are the label")
+        axes.grid(color=PALE, linewidth=0.6)
+        axes.margins(0.14)
+        for axis in (axes.xaxis, axes.yaxis) if key == "people_accuracy" else (axes.xaxis,):
+            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    figure.draw_without_rendering()  # so that sizes in pixels are known
+    for key, axes in panels.items():
+        taken = [_around(place, 6) for place in axes.transData.transform(points[key])]
+        names = [row["name"] for row in rows if key in row]
+        for point, name in sorted(zip(points[key], names, strict=True), key=lambda named: -named[0][1]):
+            taken.append(_write_name(axes, point, name, np.array(taken)))
     return figure
 
 

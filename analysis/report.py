@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import composition, corruptions, explain, mistakes, plots
+from analysis import composition, corruptions, explain, humans, mistakes, plots
 from analysis.composition import Evidence, Measured
 from data import Split
 
@@ -57,9 +57,12 @@ METHODS = (
     f"{composition.PIXEL_LIMIT:.1%} of the grey range to the training image nearest in pixels, or a cosine distance "
     f"under {composition.FEATURE_LIMIT} to the one nearest in features with an RMS difference under "
     f"{composition.LOOSE_PIXEL_LIMIT:.1%}. The limits are ours.",
-    "Consensus mistakes: at least five trainings of the same model and recipe, seeds 0 to 4, all give the same "
+    "Consensus mistakes: all trainings of the same model and recipe, five seeds or three of the ResNet, give the same "
     "wrong answer; unstable ones: not all of them do. A mistake counts in the first group that it fits.",
     "Ambiguity: the entropy of the answers of all trainings to an image, in bits.",
+    "People: an image's most frequent vote in Fashion-MNIST-H (Ishida et al. 2023, arXiv:2202.00395). By chance: how "
+    "often people make that choice on all images of the same label. Cross-entropy to the votes as in Peterson et al. "
+    "2019, arXiv:1908.07086.",
     "Robustness: after ImageNet-C (arXiv:1903.12261) and MNIST-C (arXiv:1906.02337), with our own strengths.",
     "Where a model looks: Grad-CAM (arXiv:1610.02391) at its last convolution, or gradient times input "
     "(arXiv:1605.01713) where it has none. Nearest training images: cosine distance of the last layer's input.",
@@ -99,8 +102,13 @@ def _of_shirt(first: Measured) -> list[mistakes.Record]:
     return [record for record in first.records if mistakes.in_shirt_group(record)][:SHOWN_MISTAKES]
 
 
-def figures(first: Measured, test: Split, history: dict[str, Any] | None) -> dict[str, bytes]:
-    """Draw the figures of a checkpoint, PNG by file name; history: of its run, for the training curves."""
+def figures(
+    first: Measured, test: Split, history: dict[str, Any] | None, people: dict[str, Any] | None = None
+) -> dict[str, bytes]:
+    """Draw the figures of a checkpoint, PNG by file name.
+
+    history: of its run, for the training curves; people: of composition.people.
+    """
     n, pairs = len(first.records), mistakes.confused_pairs(first.records, test.classes)
     title = f"{first.model}: {n:,} mistakes in {len(test.labels):,} test images"
     drawn = {
@@ -113,6 +121,13 @@ def figures(first: Measured, test: Split, history: dict[str, Any] | None) -> dic
         drawn["shirt_mistakes.png"] = _grid(_of_shirt(first), test, title)
     if history:
         drawn["training_curves.png"] = plots.training_curves(history)
+    if people:
+        own = people["checkpoints"][0]
+        drawn |= {
+            "people_sides.png": plots.people_sides(own, composition.GROUPS | composition.UNKNOWN),
+            "people_entropy.png": plots.people_entropy(own["confidence"], people["ambiguity"]),
+            "people_trainings.png": plots.people_trainings(people["trainings"]),
+        }
     return {name: plots.png(figure) for name, figure in drawn.items()}
 
 
@@ -130,10 +145,12 @@ def page(
     train: Split,
     test: Split,
     embedding: np.ndarray | None,
+    votes: humans.Votes | None = None,
 ) -> dict[str, Any]:
     """Collect what the page shows and its script reads.
 
-    numbers: of composition.numbers; embedding: a map of the first checkpoint's features, float (n, 2), if there is one.
+    numbers: of composition.numbers; embedding: a map of the first checkpoint's features, float (n, 2), if there is one;
+    votes: people's, if they were given.
     """
     checkpoints = [_checkpoint(each, row, evidence) for each, row in zip(measured, numbers["checkpoints"], strict=True)]
     findings = numbers["checkpoints"][0]["findings"]
@@ -157,6 +174,8 @@ def page(
         "map": None if embedding is None else plane(embedding),
         "map_size": explain.MAP_SIZE,
         "disagreements": numbers["disagreements"],
+        "people": numbers["people"],
+        "human": None if votes is None else votes.counts.tolist(),
         "notes": composition.notes(numbers),
         "findings": findings,
         "verdicts": _verdicts(findings or []),
@@ -172,7 +191,7 @@ def render(page: dict[str, Any]) -> bytes:
     html = environment.get_template("report.html.j2").render(
         page=page,
         first=page["checkpoints"][0],
-        pc=lambda share: f"{share:.2%}",
+        pc=lambda share, digits=2: f"{share:.{digits}%}",
         json=Markup(content.replace("<", "\\u003c")),  # no file name can end the script
         css=Markup((TEMPLATES / "report.css").read_text()),
         js=Markup((TEMPLATES / "report.js").read_text()),

@@ -28,15 +28,18 @@ import metrics
 import models
 import recipes
 import training.run
-from analysis import corruptions, explain, mistakes
+from analysis import corruptions, explain, humans, mistakes
 from recipes import SHARE
 from runtime import cli, device, files
 from runtime.code_key import code_key
 from runtime.errors import UserError
-from runtime.schema import Number, Text, problem
+from runtime.schema import Maybe, Number, Text, problem
 from training.record import COUNT, HISTORY, history_of
 
 SEEDS = 5
+SEEDS_OF = {"resnet": 3}  # of models that train for half an hour
+TEACHER = cli.CHECKPOINTS / "best_resnet_fmnist.pt"  # of the recipes that need one
+FASHION_MNIST = "ece17261"  # the folder of its results; the teacher knows no other data
 FOLDS = 5
 FOLD_MODEL, FOLD_RECIPE, FOLD_EPOCHS = "cnn", "best", 10  # of the trainings that give the out-of-fold probabilities
 FOLD_SEED = 5  # of the folds alone
@@ -59,7 +62,10 @@ SEED = FACTS | {
     "predicted": str,
     "findings": (FINDINGS, None),
     "robustness": dict.fromkeys(corruptions.KINDS, [SHARE] * 5),
+    "mirrored": Maybe(SHARE),  # accuracy on mirrored images
+    "people": Maybe({str: Number()}),  # of humans.cross_entropies, if votes were given
 }
+PEOPLE = {"key": str, "people": dict}
 MAP = {"key": str, "map": [[Number(-(10**9), 10**9, whole=True)] * 2]}
 
 Key = dict[str, Any]
@@ -85,11 +91,12 @@ class Results:
 
     def __init__(self, folder: str | Path, fingerprint: str):
         self.folder = Path(folder, fingerprint[:8])
+        self.is_taught = self.folder.name == FASHION_MNIST
         self.stale: set[str] = set()
 
     def seeds(self, n: int) -> list[Result]:
-        """Return the results of the seed trainings, of n test images, in the order of jobs()."""
-        found = [self.read(name, key, n) for name, key in seed_jobs().items()]
+        """Return the results of the seed trainings, of n test images, in the order of seed_jobs()."""
+        found = [self.read(name, key, n) for name, key in seed_jobs(self.is_taught).items()]
         return [result for result in found if result]
 
     def out_of_fold(self, n: int) -> np.ndarray | None:
@@ -122,6 +129,16 @@ class Results:
         places = np.rint(explain.layout(features) * 100).astype(int)
         files.write_atomically(self._path(name), json.dumps({"key": digest, "map": places.tolist()}).encode())
 
+    def people(self, digest: str) -> dict[str, Any] | None:
+        """Return how the checkpoint with that SHA-256 compares with people, of humans.compare, if it was kept."""
+        result = self.read(f"people-{digest[:8]}", digest)
+        return result["people"] if result else None
+
+    def keep_people(self, digest: str, found: dict[str, Any]) -> None:
+        """Keep how a checkpoint compares with people: for those who do not have the votes."""
+        text = json.dumps({"key": digest, "people": found}, allow_nan=False)
+        files.write_atomically(self._path(f"people-{digest[:8]}"), (text + "\n").encode())
+
     def read(self, name: str, key: Key | str, n: int | None = None) -> Result | None:
         """Return the result of that name, of n images if they are known, or None if there is none with this key.
 
@@ -153,6 +170,8 @@ class Results:
 def _problem(result: Result, n: int | None) -> str | None:
     """Say what is wrong with a result, of n images if they are known, or return None."""
     key = result["key"]
+    if "people" in result and isinstance(key, str):
+        return problem(result, PEOPLE)
     kind, values = (
         (MAP, "map") if isinstance(key, str) else (FOLD, "probabilities") if "fold" in key else (SEED, "predicted")
     )
@@ -173,9 +192,9 @@ def _problem(result: Result, n: int | None) -> str | None:
 # --- which trainings there are ---------------------------------------------------------------------------
 
 
-def jobs() -> dict[str, Key]:
+def jobs(is_taught: bool) -> dict[str, Key]:
     """List every training by name, with all that its result depends on, in the order in which they run."""
-    return fold_jobs() | seed_jobs()
+    return fold_jobs() | seed_jobs(is_taught)
 
 
 def fold_jobs() -> dict[str, Key]:
@@ -185,18 +204,25 @@ def fold_jobs() -> dict[str, Key]:
     return {f"fold-{fold}": key | {"fold": fold} for fold in range(FOLDS)}
 
 
-def seed_jobs() -> dict[str, Key]:
-    """List the trainings of every model by every recipe that needs no teacher, SEEDS of each."""
+def seed_jobs(is_taught: bool) -> dict[str, Key]:
+    """List the trainings of every model by every recipe; of a recipe that needs a teacher if there is one."""
+    teachers = [hashlib.sha256(TEACHER.read_bytes()).hexdigest()] if is_taught and TEACHER.exists() else []
     every = {}
     for name, rows in recipes.RECIPES.items():
         trained = {
             model: recipes.find(name, model) for model in models.MODELS if model in rows or _falls_to(name, model)
         }
-        for seed in range(SEEDS):
+        for seed in range(max(map(seeds_of, trained), default=0)):
             for model, recipe in trained.items():
-                if not recipe.distillation:
-                    every[f"{model}-{name}-{seed}"] = _key(model, name, recipe, seed)
+                if seed < seeds_of(model) and (teachers or not recipe.distillation):
+                    key = _key(model, name, recipe, seed)
+                    every[f"{model}-{name}-{seed}"] = key | ({"teachers": teachers} if recipe.distillation else {})
     return every
+
+
+def seeds_of(model: str) -> int:
+    """Return how many seeds of a model are trained."""
+    return SEEDS_OF.get(model, SEEDS)
 
 
 def _falls_to(recipe: str, model: str) -> bool:
@@ -221,18 +247,26 @@ def fold_indices(n: int) -> list[np.ndarray]:
 # --- doing them ------------------------------------------------------------------------------------------
 
 
-def run(folder: str | Path, train: data.Split, test: data.Split, device_name: str = "auto", **where: Any) -> int:
+def run(
+    folder: str | Path,
+    train: data.Split,
+    test: data.Split,
+    device_name: str = "auto",
+    votes: humans.Votes | None = None,
+    **where: Any,
+) -> int:
     """Do every training that has no result yet, and print the progress.
 
-    folder: where the results are, with a folder for each data set; train: the split "train+val"; where: the
-    data_dir and other_data of data.load that gave the splits. Returns 0, or the exit code of an interruption; then the
-    same call resumes the training.
+    folder: where the results are, with a folder for each data set; train: the split "train+val"; votes: on the test
+    images, to compare the trainings with; where: the data_dir and other_data of data.load that gave the splits. Returns
+    0, or the exit code of an interruption; then the same call resumes the training.
     """
-    results, every = Results(folder, data.fingerprint(train, test)), jobs()
+    results = Results(folder, data.fingerprint(train, test))
+    every = jobs(results.is_taught)
     results.folder.mkdir(parents=True, exist_ok=True)
-    left = [(name, key) for name, key in every.items() if not results.read(name, key)]
+    left = [(name, key) for name, key in every.items() if not _is_whole(results.read(name, key), votes)]
     print(f"deep: {len(every) - len(left)} of {len(every)} trainings are in {cli.shown(results.folder)}", flush=True)
-    trainer, pace = _Trainer(results.folder / "checkpoints", train, test, device_name, where), _Pace()
+    trainer, pace = _Trainer(results.folder / "checkpoints", train, test, device_name, where, votes), _Pace()
     for number, (name, key) in enumerate(left):
         place = len(every) - len(left) + number + 1
         remaining = pace.remaining(key for _, key in left[number:])
@@ -245,6 +279,13 @@ def run(folder: str | Path, train: data.Split, test: data.Split, device_name: st
         pace.add(key, result["training_seconds"], time.monotonic() - start)
         results.write(name, key, {"data": test.source, **result})
     return 0
+
+
+def _is_whole(result: Result | None, votes: humans.Votes | None) -> bool:
+    """Say whether a result is there and holds all that is measured today, and the comparison with votes if given."""
+    if not result or "fold" in result["key"]:
+        return bool(result)
+    return "mirrored" in result and ("people" in result or not votes)
 
 
 class _Pace:
@@ -271,8 +312,16 @@ class _Pace:
 class _Trainer:
     """Trains as train.py does, each training in a separate folder, and measures what the analysis needs."""
 
-    def __init__(self, folder: Path, train: data.Split, test: data.Split, device_name: str, where: dict[str, Any]):
-        self.folder, self.train, self.test, self.where = folder, train, test, where
+    def __init__(
+        self,
+        folder: Path,
+        train: data.Split,
+        test: data.Split,
+        device_name: str,
+        where: dict[str, Any],
+        votes: humans.Votes | None = None,
+    ):
+        self.folder, self.train, self.test, self.where, self.votes = folder, train, test, where, votes
         self.device_name = device_name
         self.device = device.pick_device(device_name)
 
@@ -280,7 +329,8 @@ class _Trainer:
         """Train on the whole set, and measure the model on the test images and on harder ones."""
         model, result = self._train(name, key, self.where)
         test = self.test
-        logits = engine.predict_logits(model, test.to(self.device))
+        mirrored = test._replace(images=test.images.flip(2))
+        logits, turned = (engine.predict_logits(model, each.to(self.device)) for each in (test, mirrored))
         measured, chances = metrics.evaluate(logits, test.labels, test.classes), metrics.probabilities(logits)
         records = mistakes.most_confident(chances, test.labels.numpy(), test.classes)
         return result | {
@@ -288,6 +338,8 @@ class _Trainer:
             "predicted": "".join(map(str, chances.argmax(1))),  # a digit for each test image
             "findings": mistakes.check_findings(records, test.classes),
             "robustness": corruptions.accuracies(model, test),
+            "mirrored": metrics.accuracy(turned, test.labels),
+            **({"people": humans.cross_entropies(self.votes, logits)} if self.votes else {}),
         }
 
     def train_fold(self, name: str, key: Key) -> Result:
@@ -324,6 +376,7 @@ class _Trainer:
             epochs=key["recipe"]["epochs"],
             seed=key["seed"],
             checkpoint_dir=folder,
+            teacher=[TEACHER] if "teachers" in key else None,
             resume=True,
             device=self.device_name,
             **where,

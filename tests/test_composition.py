@@ -38,8 +38,8 @@ def test_near_duplicates_by_either_space_and_consensus_of_all():
     )
     assert composition.near_duplicates(pixel, feature, both).tolist() == [True, True, False, False]
     votes = np.array([[1, 2, 3]] * 4 + [[1, 2, 4]])
-    assert composition.consensus(np.array([1, 5, 3]), votes).tolist() == [True, False, False]
-    assert composition.consensus(np.array([1, 5, 3]), votes[:4]) is None
+    assert composition.consensus(np.array([1, 5, 3]), votes, 5).tolist() == [True, False, False]
+    assert composition.consensus(np.array([1, 5, 3]), votes[:4], 5) is None
     bits = composition.ambiguity(np.array([[0, 1], [0, 2]]))
     assert bits == pytest.approx([0, 1])
 

@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, run_script
+from conftest import SAMPLE, assert_one_line_error, made_up_votes, run_script
 from PIL import Image
 from torch import nn
 
@@ -59,13 +59,14 @@ def add_own_model():
 
 
 @pytest.fixture(scope="module")
-def analysed(trained, tmp_path_factory):
-    """A report of both models with all that --deep gives, and what was printed: folder, analysis.json, stdout."""
+def analysed(trained, sample, tmp_path_factory):
+    """A report of both models with all that --deep gives, votes too, and what was printed: folder, JSON, stdout."""
     folder = tmp_path_factory.mktemp("report")
+    np.savetxt(folder / "votes.csv", made_up_votes(sample["test"].labels.numpy()), "%d", ",")
     paths = [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
     finished = run_script(
         "analyze_errors.py", *paths, "--deep", "--deep-dir", folder / "deep", "--data-dir", SAMPLE, "--figures-dir",
-        folder, before=shorten,
+        folder, "--human-votes", folder / "votes.csv", before=shorten,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     return folder, json.loads((folder / "analysis.json").read_text()), finished.stdout
@@ -82,6 +83,32 @@ def test_a_set_too_small_for_validation_images_is_analysed_too(trained, sample):
     measured = composition.measure("a.pt", model, info, few, data.held_out(few._replace(name="train+val")))
     assert measured.temperature is None
     assert "no class has enough for any" in measured.temperature_note
+
+
+def test_the_comparison_with_people_is_kept_for_those_without_the_votes(analysed, trained, tmp_path):
+    folder, numbers, _ = analysed
+    people, page = numbers["report"]["people"], page_data(folder / "report.html")
+    assert page["people"] == people
+    assert np.array_equal(page["human"], np.loadtxt(folder / "votes.csv", delimiter=",", dtype=int))
+    assert [row["n"] for row in people["trainings"]] == [5, 5]
+    assert all(row["cross_entropy_scaled"]["n"] == 5 for row in people["trainings"])
+    first = people["checkpoints"][0]
+    groups = numbers["report"]["checkpoints"][0]["groups"]
+    assert {name: row["n"] for name, row in first["groups"].items()} == {
+        name: share["count"] for name, share in groups.items() if share["count"]
+    }
+    finished = run_script(
+        "analyze_errors.py", trained[0] / "best_cnn_fmnist.pt", "--deep-dir", folder / "deep", "--data-dir", SAMPLE,
+        "--figures-dir", tmp_path, before=shorten,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "analysis.json").read_text())["report"]["people"] == people
+    content = page_data(tmp_path / "report.html")
+    assert content["people"] == people
+    assert content["human"] is None
+    assert (tmp_path / "people_sides.png").exists()
+    told = f"{people['checkpoints'][0]['mistakes']['model']['share']:.1%}"
+    assert f"most people side with the model in {told}" in (tmp_path / "report.html").read_text()
 
 
 def test_no_page_holds_what_json_does_not():
@@ -145,7 +172,7 @@ def test_the_same_command_goes_on_and_a_changed_recipe_is_trained_anew(analysed,
     flags += ("--figures-dir", tmp_path)
     without = run_script("analyze_errors.py", *flags, before=shorten)
     assert "mlp-published-2.json" in without.stderr
-    assert "Consensus needs five trainings" in without.stdout
+    assert "Consensus needs 5 trainings" in without.stdout
     finished = run_script("analyze_errors.py", *flags, "--deep", before=shorten)
     assert finished.returncode == 0, finished.stderr
     assert "13 of 15 trainings" in finished.stdout
@@ -275,6 +302,37 @@ def facts(content):
     return labels, predicted, probabilities
 
 
+def sides(content):
+    """With whom most people vote on each image, where votes were given: "model", "label" or "other"."""
+    labels, predicted, _ = facts(content)
+    if content["human"] is None:
+        pytest.skip("the report is without people's votes")
+    votes = np.array(content["human"])
+    clear, choice = (votes == votes.max(1, keepdims=True)).sum(1) == 1, votes.argmax(1)
+    return np.where(clear & (choice == labels), "label", np.where(clear & (choice == predicted), "model", "other"))
+
+
+def test_people_and_their_votes(page, report):
+    content = report[1]
+    people, (labels, predicted, _) = sides(content), facts(content)
+    own = content["people"]["checkpoints"][0]
+    for side in ("model", "label"):
+        expected = np.flatnonzero((labels != predicted) & (people == side))
+        assert own["mistakes"][side]["count"] == len(expected) > 0
+        page.locator(f"#peoplebars .bar >> nth=0 >> button[title^='with the {side}']").click()
+        assert sorted(indices(page)) == expected.tolist()
+    page.locator("#grid button").first.click()
+    i = page.evaluate("shown[open]")
+    votes = {name: content["human"][i][k] for k, name in enumerate(content["classes"])}
+    rows = [row.split("\t") for row in page.locator("#human tr").all_inner_texts()]
+    assert {row[0]: int(row[-1]) for row in rows} == {name: count for name, count in votes.items() if count}
+    assert [int(row[-1]) for row in rows] == sorted((int(row[-1]) for row in rows), reverse=True)
+    assert page.locator("#human caption").inner_text() == f"{sum(votes.values())} people"
+    page.locator("#close").click()
+    assert f"{100 * own['mistakes']['model']['share']:.1f}%" in page.locator("#peopletold").inner_text()
+    assert page.locator("#peopletrainings tbody tr").count() == len(content["people"]["trainings"])
+
+
 def test_each_cell_of_the_matrix_shows_exactly_its_images(page, report):
     labels, predicted, _ = facts(report[1])
     counts = np.array(page.locator("#matrix button").all_inner_texts()).astype(int).reshape(10, 10)
@@ -296,7 +354,9 @@ def test_every_filter_and_order(page, report):
     suspect = np.isin(np.arange(content["n"]), [int(i) for i in content["suspects"]])
     bits = np.array(content["ambiguity"]) / 100
     group = np.array([content["checkpoints"][0]["group_of"].get(str(i), "") for i in range(content["n"])])
+    people = sides(content)
     cases = [
+        *[("f-people", side, wrong & (people == side)) for side in ("model", "label", "other")],
         ("f-what", "right", ~wrong), ("f-true", "6", wrong & (labels == 6)),
         ("f-predicted", "0", wrong & (predicted == 0)),
         *[("f-group", name, group == name) for name in composition.GROUPS],

@@ -16,6 +16,13 @@ const confidence = i => probability(i, answer(i));
 const wrong = i => answer(i) !== label(i);
 const groupOf = i => C.group_of[i] || "";
 const disagree = i => D.checkpoints.some(c => c.predicted[i] !== D.checkpoints[0].predicted[i]);
+/** With whom most people vote on an image; "other" too where several classes have as many votes. */
+function side(i) {
+  const votes = D.human[i], most = Math.max(...votes);
+  if (votes.filter(count => count === most).length > 1) return "other";
+  const choice = votes.indexOf(most);
+  return choice === label(i) ? "label" : choice === answer(i) ? "model" : "other";
+}
 const duplicates = new Set(D.duplicates);
 const colour = number => COLOURS[number % COLOURS.length];
 const percent = (p, digits = 1) => p === null ? "none" : (100 * p).toFixed(digits) + "%";
@@ -188,6 +195,10 @@ const FILTERS = {
     name: "label suspect", choices: yesNo, test: (i, v) => (i in D.suspects) === (v === "yes"), there: D.suspects,
   },
   duplicate: { name: "near-duplicate", choices: yesNo, test: (i, v) => duplicates.has(i) === (v === "yes") },
+  people: {
+    name: "people side with", choices: [any, ["model", "the model"], ["label", "the label"], ["other", "neither"]],
+    test: (i, v) => side(i) === v, there: D.human,
+  },
   agree: {
     name: "checkpoints", choices: [any, ["no", "disagree"], ["yes", "agree"]],
     test: (i, v) => disagree(i) === (v === "no"), there: D.checkpoints.length > 1,
@@ -266,6 +277,7 @@ function show(at) {
   const found = heat($("heat"), pictures.maps[D.checkpoints.indexOf(C)], i);
   $("heatname").textContent = `${C.map_method} ${found ? "marks the" : "finds no"} evidence for ${name}`;
   $("answers").replaceChildren(...D.checkpoints.map(c => answersTable(i, c)));
+  if (D.human) $("human").replaceChildren(peopleTable(i));
   $("near").replaceChildren(...D.neighbours[i].map(neighbour));
   $("votes").replaceChildren(votes(i));
   $("previous").disabled = at === 0;
@@ -286,13 +298,23 @@ function facts(i) {
 }
 
 function answersTable(i, c) {
-  const ranked = D.classes.map((name, k) => [name, probability(i, k, c)]).sort((a, b) => b[1] - a[1]);
-  const rows = ranked.map(([name, p]) => {
-    const meter = make("td", { class: "meter" }, make("span", { style: `width: ${100 * p}%` }));
-    return row("td", [name, meter, sure(p)]);
-  });
   const title = D.checkpoints.length > 1 ? `${c.title} (${c.name})` : c.title;
-  return make("table", { class: "answers" }, make("caption", {}, title), make("tbody", {}, ...rows));
+  return bars(title, D.classes.map((name, k) => [name, probability(i, k, c), sure(probability(i, k, c))]));
+}
+
+function peopleTable(i) {
+  const all = D.human[i].reduce((sum, count) => sum + count, 0);
+  const voted = D.classes.map((name, k) => [name, D.human[i][k] / all, String(D.human[i][k])]);
+  return bars(`${all} people`, voted.filter(each => each[1]));
+}
+
+/** A table of bars, the longest first. rows: [name, share of the full width, text]. */
+function bars(title, rows) {
+  const body = rows.sort((a, b) => b[1] - a[1]).map(([name, share, text]) => {
+    const meter = make("td", { class: "meter" }, make("span", { style: `width: ${100 * share}%` }));
+    return row("td", [name, meter, text]);
+  });
+  return make("table", { class: "answers" }, make("caption", {}, title), make("tbody", {}, ...body));
 }
 
 function neighbour(number) {
@@ -396,6 +418,49 @@ function drawCoverage() {
   if (several) legend($("coverlegend"), D.checkpoints.map(each => `${each.title} (${each.name})`));
 }
 
+// ---- people
+
+const FEW = 10; // mistakes of a kind that are too few for a bar
+const SIDES = {
+  model: ["with the model", "var(--accent)"], label: ["with the label", "var(--label)"],
+  other: ["with another class", "var(--line)"], tied: ["tied", "var(--faint)"],
+};
+
+function drawPeople() {
+  const own = D.people && D.people.checkpoints[D.checkpoints.indexOf(C)];
+  if (!own) return;
+  const kinds = Object.keys(D.groups).filter(key => own.groups[key]).map(key => [key, own.groups[key]]);
+  const rows = [["", own.mistakes], ...kinds].filter(([, each]) => each.n >= FEW);
+  $("peoplebars").replaceChildren(...rows.flatMap(([key, each]) => [
+    make("h3", {}, `${key ? D.groups[key] : "all mistakes"}: ${each.n}`), peopleBar(key, each),
+  ]));
+  const items = Object.values(SIDES).map(([name, background]) => make("li", {}, swatch(background), name));
+  $("peoplelegend").replaceChildren(...items);
+  drawDisagreement(own.confidence);
+}
+
+function peopleBar(group, each) {
+  const bar = make("div", { class: "bar" });
+  for (const [side, [name, background]] of Object.entries(SIDES)) {
+    if (!each[side].count) continue;
+    const title = `${name}: ${each[side].count} of ${each.n}, ${percent(each[side].share)}`;
+    const attributes = { style: `flex: ${each[side].count}; background: ${background}`, title, "aria-label": title };
+    const choose = { onclick: () => filter({ what: "wrong", group, people: side === "tied" ? "other" : side }) };
+    bar.append(D.human ? make("button", { ...attributes, ...choose }) : make("span", { ...attributes, role: "img" }));
+  }
+  return bar;
+}
+
+function drawDisagreement({ tenths, spearman }) {
+  const c = chart({
+    name: "how far people disagree, by the model's confidence", xs: [1, 11], ys: [0, 2.5], xTick: () => "",
+    yTick: v => v.toFixed(1), xTitle: "tenths of the images, least to most confident", yTitle: "bits of entropy",
+  });
+  line(c, tenths.map((each, at) => [at + 1.5, each.entropy]), { stroke: "var(--accent)" });
+  const title = `People disagree where the model is not confident (Spearman ${spearman.toFixed(2).replace("-", "\u2212")})`;
+  $("peoplechart").replaceChildren(make("h3", {}, title), c.svg);
+}
+
 function drawRobustness() {
   if (!D.robustness.rows.length) return;
   legend($("roblegend"), D.robustness.rows.map(each => each.name));
@@ -474,6 +539,7 @@ function openNearest(event) {
 
 function drawAll() {
   drawGroups();
+  drawPeople();
   drawMatrix();
   drawCalibration();
   drawCoverage();
