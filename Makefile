@@ -1,7 +1,7 @@
 # make setup    install everything into .venv
 # make test     run all tests
 # make lint     check style, format and types
-# make figures  draw the pictures of README.md and docs/ again, and write their numbers
+# make figures  draw the pictures of README.md and docs/ again, and write their numbers and the lists in runs/audit
 # make tour     execute docs/tour.ipynb again
 python = .venv/bin/python
 
@@ -20,7 +20,7 @@ lint:
 	.venv/bin/mypy
 
 figures:
-	$(python) analyze_errors.py --figures-dir docs/figures
+	$(python) analyze_errors.py --figures-dir docs/figures --export runs/audit
 	$(python) compare.py --figures-dir docs/figures --json docs/figures/frontier.json
 	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/*/best_*_fmnist.pt --tta \
 	    --json docs/figures/evaluate.json

@@ -4,6 +4,7 @@ python analyze_errors.py                                 # checkpoints/best_cnn_
 python analyze_errors.py A.pt B.pt --figures-dir other   # side by side, and where they disagree
 python analyze_errors.py --human-votes fmh_counts.csv    # compare with what people see in the test images
 python analyze_errors.py --deep                # first train the folds and seeds that the report compares with: hours
+python analyze_errors.py --export runs/audit   # also write suspect labels, near-duplicates and shared mistakes as CSV
 """
 
 import sys
@@ -45,6 +46,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
         type=Path,
         help="compare with people's votes on the test images: fmh_counts.csv of Fashion-MNIST-H (docs/mistakes.md)",
     )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        type=Path,
+        help="also write the suspect labels, the near-duplicates and the mistakes of all trainings there, as CSV files "
+        "with a README.md; needs what --deep gives",
+    )
     cli.add_bare(parser)
     cli.add_common(parser)
     return parser.parse_args(argv)
@@ -53,17 +61,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyse, write and print. Returns the exit code."""
     args = parse_args(argv)
-    if len(args.checkpoints) > MOST_CHECKPOINTS:
-        raise UserError(f"{len(args.checkpoints)} checkpoints are too many: up to {MOST_CHECKPOINTS} are compared")
-    for folder in [args.figures_dir, *([args.deep_dir] if args.deep else [])]:
-        files.check_folder(folder)
+    check(args)
     with cli.loading():  # only now: --help should not wait for PyTorch
         import checkpoint
         import data
-        from analysis import composition, explain, humans, report, trainings
+        from analysis import audit, composition, explain, humans, report, trainings
         from runtime import device
         from training.record import history_of
 
+    if args.export:
+        audit.check(args.export)
     target = device.pick_device(args.device)
     found = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
     loaded = [(path, *each) for path, each in zip(args.checkpoints, found, strict=True)]
@@ -87,23 +94,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.deep and votes and people:
         results.keep_people(digest, people)
     numbers, embedding = composition.numbers(measured, evidence, people), results.embedding(digest, len(test.labels))
-    if results.stale:
-        names = ", ".join(sorted(results.stale))
-        print(f"deep results of other code or recipes are skipped: {names}; --deep makes them again", file=sys.stderr)
+    print_stale(results.stale)
 
     summary = report.summary(path, digest, first, numbers, test)
     with ThreadPoolExecutor(1) as pool:  # the page's pictures are packed meanwhile: two seconds less
         drawing = pool.submit(report.figures, first, test, history_of(path), people)
         page = report.page(measured, evidence, numbers, train, test, embedding, votes)
-    pictures = drawing.result()
-    contents = {**pictures, "report.html": report.render(page), "analysis.json": files.to_json(summary).encode()}
-    args.figures_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        files.write_atomically(args.figures_dir / name, content)
+    figures = {**drawing.result(), "report.html": report.render(page)}
+    figures["analysis.json"] = files.to_json(summary).encode()
+    written = [(args.figures_dir, figures)]
+    if args.export:
+        written.append((args.export, audit.contents(summary, first, evidence, train_features, train, test)))
+    for folder, contents in written:
+        write(folder, contents)
     print_summary(summary, page)
-    print(f"written to {cli.shown(args.figures_dir)}: {', '.join(contents)}")
-    remove_stale(args.figures_dir, contents)
+    for folder, contents in written:
+        print(f"written to {cli.shown(folder)}: {', '.join(contents)}")
+    remove_stale(args.figures_dir, figures)
     return 0
+
+
+def check(args: Any) -> None:
+    """Raise UserError for too many checkpoints, and for a folder that cannot be written to."""
+    if len(args.checkpoints) > MOST_CHECKPOINTS:
+        raise UserError(f"{len(args.checkpoints)} checkpoints are too many: up to {MOST_CHECKPOINTS} are compared")
+    for folder in filter(None, (args.figures_dir, args.deep and args.deep_dir, args.export)):
+        files.check_folder(folder)
+
+
+def print_stale(names: set[str]) -> None:
+    """Say which results of long trainings are skipped, if there are any."""
+    if names:
+        listed = ", ".join(sorted(names))
+        print(f"deep results of other code or recipes are skipped: {listed}; --deep makes them again", file=sys.stderr)
+
+
+def write(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write files into a folder, which is made if it is missing; contents: by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        files.write_atomically(folder / name, content)
 
 
 def print_summary(summary: dict[str, Any], page: dict[str, Any]) -> None:

@@ -282,6 +282,11 @@ def consensus(predicted: np.ndarray, votes: np.ndarray, needed: int) -> np.ndarr
     return (votes == predicted).all(0) if len(votes) >= needed else None
 
 
+def agreed(each: Measured, evidence: Evidence) -> np.ndarray | None:
+    """Judge whether all trainings of a checkpoint's kind answer as it does: bool (n,), None where some are missing."""
+    return consensus(each.predicted, evidence.votes(each.kind), seeds_of(each.model))
+
+
 def group(
     wrong: np.ndarray, suspect: np.ndarray | None, duplicate: np.ndarray | None, agreed: np.ndarray | None
 ) -> np.ndarray:  # fmt: skip
@@ -298,8 +303,7 @@ def group(
 
 def group_of(each: Measured, evidence: Evidence) -> np.ndarray:
     """Name the group of each test image, "" where the checkpoint is right: str (n,)."""
-    agreed = consensus(each.predicted, evidence.votes(each.kind), seeds_of(each.model))
-    return group(each.wrong, evidence.suspect, evidence.duplicate, agreed)
+    return group(each.wrong, evidence.suspect, evidence.duplicate, agreed(each, evidence))
 
 
 def ambiguity(votes: np.ndarray, classes: int = 10) -> np.ndarray:
@@ -436,21 +440,26 @@ def _robustness(kind: tuple[str, str], own: Sequence[Result]) -> dict[str, Any]:
 
 def notes(numbers: dict[str, Any]) -> list[str]:
     """Write the sentences that belong under the groups; numbers: of numbers()."""
-    first = numbers["checkpoints"][0]
-    command = cli.command("analyze_errors.py", "--deep")
-    planned = {(key["model"], key["recipe_name"]) for key in seed_jobs(is_taught=True).values()}
-    how = f"{command} runs them" if (first["model"], first["recipe"]) in planned else "--deep does not run them"
-    needed = seeds_of(first["model"])
-    enough = first["consensus_trainings"] >= needed
-    missing = [] if enough else [f"Consensus needs {needed} trainings of {first['model']}, {first['recipe']}: {how}."]
     cautions = [f"{each['name']}: {each['caution']}." for each in numbers["checkpoints"] if each.get("caution")]
-    own = [_label_note(numbers["label_issues"], command), *missing, _duplicate_note(numbers["near_duplicates"])]
-    return cautions + own
+    suspects = [_label_note(numbers["label_issues"])] if numbers["label_issues"] else []
+    return cautions + suspects + missing(numbers) + [_duplicate_note(numbers["near_duplicates"])]
 
 
-def _label_note(issues: dict[str, Any] | None, command: str) -> str:
-    if not issues:
-        return f"Suspected label errors are not known yet: {command} trains the five folds."
+def missing(numbers: dict[str, Any]) -> list[str]:
+    """Say which long trainings the first checkpoint's groups lack, and what runs them; numbers: of numbers()."""
+    first, command = numbers["checkpoints"][0], cli.command("analyze_errors.py", "--deep")
+    lines = []
+    if not numbers["label_issues"]:
+        lines.append(f"Suspected label errors are not known yet: {command} trains the five folds.")
+    needed = seeds_of(first["model"])
+    if first["consensus_trainings"] < needed:
+        planned = {(key["model"], key["recipe_name"]) for key in seed_jobs(is_taught=True).values()}
+        how = f"{command} runs them" if (first["model"], first["recipe"]) in planned else "--deep does not run them"
+        lines.append(f"Consensus needs {needed} trainings of {first['model']}, {first['recipe']}: {how}.")
+    return lines
+
+
+def _label_note(issues: dict[str, Any]) -> str:
     train, test, right = (issues[key] for key in ("train", "test", "out_of_fold_accuracy"))
     return (
         f"{train['count']:,} of {train['n']:,} training and {test['count']:,} of {test['n']:,} test labels are "

@@ -203,6 +203,7 @@ def cases(locked):
     yield "evaluate.py", "--json", locked.parent / "folder.json"
     yield "analyze_errors.py", "--figures-dir", locked
     yield "analyze_errors.py", "--figures-dir", locked.parent, "--deep", "--deep-dir", locked / "new"
+    yield "analyze_errors.py", "--figures-dir", locked.parent, "--export", locked / "new"
     yield "compare.py", "--figures-dir", locked / "new"
     yield "compare.py", "--json", locked / "a.json"
     yield "bench.py", "--figures-dir", locked

@@ -852,7 +852,12 @@ NONSENSE = {
         TEXT.map(lambda text: ["--", f"no such file {text}"]),
         DEVICE,
     ),
-    analyze_errors: st.one_of(below_a_file("--figures-dir"), TEXT.map(lambda text: ["--", "a", "b", text]), DEVICE),
+    analyze_errors: st.one_of(
+        below_a_file("--figures-dir"),
+        below_a_file("--export"),
+        TEXT.map(lambda text: ["--", "a", "b", text]),
+        DEVICE,
+    ),
     bench: st.one_of(one_of("--quick"), TEXT.map(lambda text: ["--", text])),
     compare: st.one_of(
         below_a_file("--figures-dir"),
