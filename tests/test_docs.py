@@ -19,6 +19,7 @@ import data
 import engine
 import metrics
 import models
+from analysis import composition, corruptions
 from training.record import history_of
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -289,6 +290,32 @@ def test_the_sentences_are_those_of_the_report(report):
         f"from {before['classwise_ece']:.4f} to {after['classwise_ece']:.4f}",
     ):
         assert sentence in page("mistakes")
+
+
+def test_the_limits_of_near_duplicates_are_those_of_the_report(report):
+    limits = (composition.PIXEL_LIMIT, composition.LOOSE_PIXEL_LIMIT, composition.FEATURE_LIMIT)
+    assert "({} and {} of the grey range, {} of cosine distance)".format(*limits) in page("mistakes")
+    n, shares, expected = report["near_duplicates"]["test"]["n"], {}, []
+    for at in report["near_duplicates"]["other_limits"]:
+        shares[at["scale"]] = share = at["count"] / n
+        expected.append(f"| {at['scale']:g} | {at['count']:,} | {share:.2%} | {at['without']['share']:.2%} |")
+    start = lines_of("mistakes").index(expected[0])
+    assert lines_of("mistakes")[start : start + len(expected) + 1] == [*expected, ""]
+    assert shares[1.0] == report["near_duplicates"]["test"]["share"]
+    assert shares[1.0] < 0.0598 < shares[1.5]
+
+
+def test_the_table_of_another_benchmark_names_our_corruptions():
+    text = "\n".join(lines_of("mistakes")).partition("### Fashion-MNIST-C")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert f"one of {sum(len(row[0].split(', ')) for row in rows)} ways" in " ".join(text.split())
+    closest = {row[2] for row in rows} - {"none"}
+    (without,) = re.findall(r"Our (\w+) and (\w+) have no counterpart", text)
+    assert sorted([*closest, *without]) == sorted(corruptions.KINDS)
+    for kind, words in (("rotation", "{} to {} degrees"), ("contrast", "{} to {} of it remain")):
+        amounts = corruptions.STRENGTHS[kind][0]
+        assert words.format(amounts[0], amounts[-1]) in text
 
 
 # --- docs/reliability.md, docs/distributed.md --------------------------------------------------------------
