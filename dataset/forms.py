@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tqdm import tqdm
 
-from dataset import idx
+from dataset import arrays, idx
 from dataset.idx import MAX_IMAGES, SIZE, DataError, File
 from dataset.published import CLASSES
 from runtime import cli
@@ -36,7 +36,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # Pillow's decoder of TIFF needs gigabytes for some small files
 MOST_BYTES = 20_000  # of one picture: 28x28 pixels need less, and its metadata takes the square of its size
 MOST_OF_CSV = MAX_IMAGES * 5_000  # bytes: 785 numbers, quoted, have 4,700
-MOST_UNPACKED = 2**29  # bytes of a parquet file, and of an array
+MOST_UNPACKED = arrays.MOST_BYTES  # bytes of a parquet file, and of an array
 MOST_IN_MEMORY = 2**28  # bytes of an .npz or parquet file in a zip
 MOST_OF_PICTURES = (
     2**27
@@ -49,7 +49,6 @@ MOST_MEMORY = 900 * 2**20  # bytes for pyarrow
 MOST_FOLDERS = 200  # in which files are looked for
 MOST_MEMBERS = 250_000  # of a folder
 LINE = 10_000  # more bytes than a line of a CSV file has
-CHUNK = 2**22  # numbers of an array that are read at once
 HIDDEN = (".", "__MACOSX")  # how the names begin of what a system adds to folders and to zips
 ARRAYS = {"train": ("x_train", "y_train"), "t10k": ("x_test", "y_test")}
 
@@ -222,13 +221,13 @@ def _idx_files(folder: File) -> Iterator[File]:
 
 
 def _read_idx(files: list[File], part: str) -> Part:
-    arrays = {}
+    found = {}
     for kind in ("images", "labels"):
         file = next((file for file in files if kind in file.name.lower()), None)
         if file is None:
             raise DataError(f"{idx.name_of(part, kind)}(.gz) is missing")
-        arrays[kind] = idx.read(file, kind)
-    return arrays["images"], arrays["labels"], None
+        found[kind] = idx.read(file, kind)
+    return found["images"], found["labels"], None
 
 
 # --- CSV -------------------------------------------------------------------------------------------------
@@ -309,40 +308,20 @@ def _read_npz(files: list[File], part: str) -> Part:
     (path,) = files
     with _for_random_access(path, MOST_OF_NPZ) as file, idx.open_zip(file, MOST_LISTED) as archive:
         images, labels = (_read_npy(path, archive, name) for name in ARRAYS[part])
-    shape = tuple(length for length in images.shape[1:] if length != 1)
-    if shape not in ((SIZE, SIZE), (SIZE**2,)):
-        raise DataError(f"{path.name}: {ARRAYS[part][0]} has the shape {images.shape}, not (n, {SIZE}, {SIZE})")
+    images = arrays.as_images(f"{path.name}: {ARRAYS[part][0]}", images)
     _check_count(path, len(images))
-    return images.reshape(-1, SIZE, SIZE), labels.reshape(-1), None
+    return images, labels.reshape(-1), None
 
 
 def _read_npy(path: File, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Read an array of whole numbers from 0 to 255 as uint8; its size is checked before memory is asked for."""
+    """Read an array of an .npz, whole numbers from 0 to 255, as uint8."""
     if f"{name}.npy" not in archive.namelist():
         keys = ", ".join(each.removesuffix(".npy") for each in archive.namelist()[:6])
         raise DataError(
             f"{path.name} has the arrays {one_line(keys)}; it must have x_train, y_train, x_test and y_test"
         )
     with idx.opened(zipfile.Path(archive, f"{name}.npy"), MOST_UNPACKED) as file:
-        try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("its header has another version than 1.0")
-            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        except Exception as error:  # a malformed header can make NumPy raise anything
-            raise DataError(f"{path.name}: {name} is no array: {one_line(error)}") from None
-        lengths_fit = all(type(length) is int and 0 <= length <= MAX_IMAGES * SIZE**2 for length in shape)
-        count = int(np.prod(shape, dtype=object)) if lengths_fit and len(shape) <= 4 else sys.maxsize
-        if dtype.kind not in "iu" or count > MAX_IMAGES * SIZE**2:
-            what = one_line(f"{dtype} {shape}")[:200]
-            raise DataError(f"{path.name}: {name} is {what}; it must be whole numbers from 0 to 255")
-        values = np.empty(count, np.uint8)
-        for start in range(0, count, CHUNK):  # of 8 bytes each, all at once would be gigabytes
-            chunk = values[start : start + CHUNK]
-            content = file.read(chunk.size * dtype.itemsize)
-            if len(content) < chunk.size * dtype.itemsize:
-                raise DataError(f"{path.name}: {name} is truncated")
-            chunk[:] = _as_bytes(f"{path.name}: {name}", np.frombuffer(content, dtype))
-    return np.ascontiguousarray(values.reshape(shape, order="F" if by_columns else "C"))
+        return arrays.parse(f"{path.name}: {name}", file)
 
 
 @contextlib.contextmanager
@@ -351,13 +330,6 @@ def _for_random_access(path: File, most: int) -> Iterator[IO[bytes]]:
     on_disk = isinstance(path, Path)
     with idx.opened(path, most if on_disk else MOST_IN_MEMORY) as file:
         yield file if on_disk else io.BytesIO(file.read())
-
-
-def _as_bytes(label: str, values: np.ndarray) -> np.ndarray:
-    """Convert whole numbers from 0 to 255 to uint8. Raises DataError for others."""
-    if values.size and (values.min() < 0 or values.max() > 255):
-        raise DataError(f"{label} has values from {values.min()} to {values.max()}; they must be 0 to 255")
-    return np.ascontiguousarray(values, np.uint8)
 
 
 # --- parquet ---------------------------------------------------------------------------------------------
@@ -405,7 +377,7 @@ def _read_parquet(files: list[File], part: str) -> Part:
                 what = idx.foreign(file.read(1000))
             raise DataError(f"{path.name} {f'is {what}' if what else f'cannot be read: {one_line(error)}'}") from None
     _check_count(files[0], len(images))
-    return np.stack(images), _as_bytes(f"{files[0].name}: label", np.array(labels)), names
+    return np.stack(images), arrays.as_bytes(f"{files[0].name}: label", np.array(labels)), names
 
 
 def _metadata(path: File, file: IO[bytes]) -> Any:

@@ -26,7 +26,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import data
-from dataset import forms, idx, published
+from dataset import arrays, forms, idx, published
 from training.run import Request, resume_command
 
 SPELT = ("TShirt-Top", "trouser", "PULLOVER", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "ankle_boot")
@@ -63,8 +63,8 @@ def png(image):
 
 def write_idx(folder, parts, name="{}-{}-idx{}-ubyte", packed=False):
     folder.mkdir(parents=True, exist_ok=True)
-    for part, arrays in parts.items():
-        for kind, array, number in zip(("images", "labels"), arrays, (3, 1), strict=True):
+    for part, both in parts.items():
+        for kind, array, number in zip(("images", "labels"), both, (3, 1), strict=True):
             content = idx.encode(array)
             path = folder / name.format(part, kind, number)
             path.write_bytes(gzip.compress(content, 1) if packed else content)
@@ -164,10 +164,10 @@ def test_every_form_is_read_verified_and_put_into_the_published_order(
 
 def test_the_shipped_order_is_that_of_the_published_images(tmp_path):
     train, test = data.load("train+val", "test")
-    arrays = {part: (s.images.numpy(), s.labels.byte().numpy()) for part, s in (("train", train), ("t10k", test))}
+    parts = {part: (s.images.numpy(), s.labels.byte().numpy()) for part, s in (("train", train), ("t10k", test))}
     assert data.fingerprint(train, test) in published.FINGERPRINTS
     assert data.fingerprint(*data.load("train", "val", "test")) in published.FINGERPRINTS
-    published.write_order(tmp_path / "order.npz", arrays)
+    published.write_order(tmp_path / "order.npz", parts)
     made, shipped = (dict(np.load(path)) for path in (tmp_path / "order.npz", published.ORDER))
     assert made.keys() == shipped.keys()
     for name in shipped:  # the bytes of the file around them vary between versions of Python
@@ -624,7 +624,7 @@ def test_a_zip_of_many_folders_is_looked_through_quickly(tmp_path):
 
 
 def test_an_array_of_wide_numbers_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(forms, "CHUNK", 10_000)
+    monkeypatch.setattr(arrays, "CHUNK", 10_000)
     labels = np.arange(2_000) % 10
     np.savez(tmp_path / "a.npz", x_test=np.zeros((2_000, 28, 28), np.int64), y_test=labels)
     tracemalloc.start()
