@@ -9,9 +9,8 @@ the class; `lenient` holds all classes that would be a fair answer. Both may hol
 nothing, is for what the classes lack. Every other column of only 0 and 1 divides the pictures in two, such as `person`.
 """
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +18,10 @@ from analysis.classify import Candidate, Classified, classify
 from metrics import share
 from pictures.convert import Conversion, explain_all
 from pictures.read import PictureError
-from runtime import cli
+from runtime import cli, tables
 from runtime.errors import UserError, one_line
 from runtime.files import read_bytes
 
-LARGEST = 2**26  # bytes of a CSV file
 BATCH = 64  # pictures that are in memory at the same time
 NOTHING = ("", "none")  # of the classes
 
@@ -40,20 +38,11 @@ class Labelled(NamedTuple):
 
 def read_labels(path: Path, classes: Sequence[str]) -> list[Labelled]:
     """Read a CSV file of labels. Raises UserError for the first fault, with its line."""
-    try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path, LARGEST).decode("utf-8-sig"), newline=""), strict=True)
-        header = [name.strip() for name in rows.fieldnames or []]
-        _check_header(path, header)
-        rows.fieldnames = header
-        found = [(rows.line_num, row) for row in rows]
-    except UnicodeDecodeError:
-        raise UserError(f"{cli.shown(path)}: not a text in UTF-8: save it as CSV in UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{cli.shown(path)}: no CSV file: {error}") from None
+    found = list(tables.rows(path, read_bytes(path, tables.MOST_BYTES), partial(_check_header, path)))
     if not found:
         raise UserError(f"{cli.shown(path)}: it has a header, but names no picture")
-    others = [name for name in header if name and name not in ("file", "label", "strict", "lenient")]
-    marks = [name for name in others if all((row[name] or "").strip() in ("0", "1") for _, row in found)]
+    others = [name for name in found[0][1] if name and name not in ("file", "label", "strict", "lenient")]
+    marks = [name for name in others if all(row[name].strip() in ("0", "1") for _, row in found)]
     labelled: dict[Path, Labelled] = {}
     for line, row in found:
         try:
@@ -67,8 +56,6 @@ def read_labels(path: Path, classes: Sequence[str]) -> list[Labelled]:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise UserError(f"{cli.shown(path)}: its header names the column {twice[0]!r} twice")
     if "file" not in header or not {"label", "strict"} & {*header}:
         lacking = "file" if "file" not in header else "label or strict"
         raise UserError(
@@ -79,8 +66,6 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 def _labelled(folder: Path, row: dict[str, Any], classes: Sequence[str], marks: Sequence[str]) -> Labelled:
     """Check a row of the CSV file. Raises UserError."""
-    if None in row or None in row.values():
-        raise UserError("it has more or fewer values than the header has columns")
     file = row["file"].strip()
     try:
         path = (folder / file).resolve()
