@@ -4,18 +4,20 @@ python evaluate.py                                  # checkpoints/best_cnn_fmnis
 python evaluate.py A.pt B.pt --json comparison.json # side by side, with McNemar's exact test
 python evaluate.py A.pt --tta                       # also with the mean answer to six views of each image
 python evaluate.py --ensemble A.pt B.pt             # also the mean answer of all of them
+python evaluate.py A.pt --exclude suspects.csv      # also without the images that are listed there
+python evaluate.py A.pt --images F.npy --labels L.npy
 """
 
-import textwrap
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from analysis.lines import accuracies, accuracy, measured_on, print_columns, wrapped
 from runtime import cli
 from runtime.errors import UserError, one_line
 
-WIDTH = 80  # columns of a terminal
+OF_DATA = ("split", "exclude", "data_dir", "other_data")  # flags that have no meaning for arrays
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
@@ -29,9 +31,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
         default=[cli.DEFAULT_CHECKPOINT],
         help="one, or several to compare (default: checkpoints/best_cnn_fmnist.pt)",
     )
+    parser.add_argument("--split", choices=("test", "val", "train"), help="images to measure on (default: test)")
     parser.add_argument(
-        "--split", choices=("test", "val", "train"), default="test", help="images to measure on (default: %(default)s)"
+        "--exclude",
+        metavar="FILE.csv",
+        type=Path,
+        help="measure the accuracy also without the images listed there: columns split (train or test) and index",
     )
+    for flag, what in {"--images": "(n, 28, 28), light on black", "--labels": "(n,), 0 to 9"}.items():
+        text = f"measure on these {flag[2:]} instead: uint8 {what}; --images and --labels go together"
+        parser.add_argument(flag, metavar="FILE.npy", type=Path, help=text)
     parser.add_argument(
         "--tta",
         action="store_true",
@@ -43,7 +52,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     )
     cli.add_bare(parser)
     cli.add_common(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    of_data = [f"--{name.replace('_', '-')}" for name in OF_DATA if getattr(args, name) not in (None, False)]
+    if (args.images is None) != (args.labels is None):
+        parser.error("--images and --labels go together: a file of each")
+    if args.images and of_data:
+        parser.error(f"--images and --labels take the place of the data set: leave out {', '.join(of_data)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     with cli.loading():  # only now: --help should not wait for PyTorch
         import checkpoint
-        import data
         from analysis import evaluation
         from runtime import device, files
 
@@ -59,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--ensemble needs two checkpoints or more")
     target = device.pick_device(args.device)
     loaded = evaluation.load(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
-    (split,) = data.load(args.split, data_dir=args.data_dir, other_data=args.other_data)
+    split, listed, files_read = choose_images(args, loaded)
     for each in loaded:
         checkpoint.check_classes(each.path, each.info, split)
     answers = evaluation.answer(loaded, split.to(target), args.tta, args.ensemble)
-    results = [evaluation.describe(each, split) for each in answers]
+    results = [evaluation.describe(each, split, listed) | files_read for each in answers]
     content = results[0]
     if len(results) == 1:
         print_one(content)
@@ -78,6 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def choose_images(args: Any, loaded: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the split to measure on, which of its images a list excludes, and for the JSON the files of --images."""
+    import data
+    from analysis import evaluation, excluded
+
+    if args.images:
+        split, files_read = evaluation.given(args.images, args.labels, loaded)
+        return split, None, files_read
+    name = args.split or "test"
+    names = [name, excluded.WHOLE[name]] if args.exclude else [name]
+    split, *whole = data.load(*names, data_dir=args.data_dir, other_data=args.other_data)
+    return split, excluded.read(args.exclude, split, *whole) if args.exclude else None, {}
+
+
 def print_one(result: dict[str, Any]) -> None:
     """Print the figures of one checkpoint and of every class."""
     import metrics
@@ -88,13 +116,12 @@ def print_one(result: dict[str, Any]) -> None:
     print(f"\n{one_line(result['checkpoint'])}: {', '.join([result['model'], *described])}")
     if "normalisation" in result:
         print(wrapped(f"its input is normalised by {normalisation(result)}"))
-    print(f"{result['split']} split of {result['data']}, n = {result['n']:,}")
-    low, high = result["accuracy_ci95"]
+    print(measured_on(result))
     for key, metric in metrics.METRICS.items():
-        figure = f"{_number(result[key])} {metric.unit}"
-        if key == "accuracy":
-            figure = f"{result[key]:.2%}  (95% interval {low:.2%} to {high:.2%})"
+        figure = accuracy(result) if key == "accuracy" else f"{_number(result[key])} {metric.unit}"
         print(f"  {metric.title:<26}  {figure.rstrip()}")
+        if key == "accuracy" and "without" in result:
+            print(f"  {'accuracy without these':<26}  {accuracy(result['without'])}")
     if result["caution"]:
         print(wrapped(f"  caution: {result['caution']}"))
     width = max(map(len, ("class", *result["per_class"])))
@@ -110,15 +137,12 @@ def print_several(content: dict[str, Any]) -> None:
     from checkpoint import normalisation
 
     results = content["checkpoints"]
-    print(f"\n{results[0]['split']} split of {results[0]['data']}, n = {results[0]['n']:,}\n")
+    print(f"\n{measured_on(results[0])}\n")
     for number, result in enumerate(results, 1):
         print(f"{number:>2}  {one_line(name(result))}: {result['model']}")
         if "normalisation" in result:
             print(wrapped(f"    its input is normalised by {normalisation(result)}"))
-    columns = {
-        "accuracy": [f"{result['accuracy']:.2%}" for result in results],
-        "95% interval": ["{:.2%} to {:.2%}".format(*result["accuracy_ci95"]) for result in results],
-    }
+    columns = accuracies(results)
     for key in metrics.METRICS:
         if key not in columns:
             columns[key.replace("_", " ")] = [_number(result[key]) for result in results]
@@ -131,25 +155,6 @@ def print_several(content: dict[str, Any]) -> None:
         print(wrapped(f"caution, {', '.join(numbers)}: {caution}"))
     print_means(content["means"])
     print_pairs(content["mcnemar"], len(results))
-
-
-def wrapped(text: str) -> str:
-    """Break a text into lines that fit into WIDTH, without cutting a path."""
-    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
-def print_columns(columns: dict[str, list[str]]) -> None:
-    """Print columns, title to cells, with the rows numbered from 1; those that do not fit into WIDTH follow below."""
-    lines: list[str] = []
-    for title, cells in columns.items():
-        wide = max(map(len, (title, *cells)))
-        column = [f"  {text:>{wide}}" for text in (title, *cells)]
-        if lines and len(lines[0]) + len(column[0]) > WIDTH:
-            print("\n".join(["", *lines]))
-            lines = []
-        lines = lines or ["  ", *(f"{number:>2}" for number in range(1, len(cells) + 1))]
-        lines = [line + part for line, part in zip(lines, column, strict=True)]
-    print("\n".join(["", *lines]))
 
 
 def print_means(means: list[dict[str, Any]]) -> None:

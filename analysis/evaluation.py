@@ -17,9 +17,11 @@ import checkpoint
 import engine
 import metrics
 import recipes
-from analysis import alike
-from data import Split
+from analysis import alike, excluded
+from data import CLASSES, Split
+from dataset import arrays
 from runtime import cli
+from runtime.errors import UserError, one_line
 
 
 class Loaded(NamedTuple):
@@ -33,6 +35,30 @@ class Loaded(NamedTuple):
 def load(paths: Sequence[Path], bare: checkpoint.Bare) -> list[Loaded]:
     """Load checkpoints, for measuring. Raises CheckpointError."""
     return [Loaded(path, *each) for path, each in zip(paths, checkpoint.load_all(paths, bare), strict=True)]
+
+
+def given(images: Path, labels: Path, loaded: Sequence[Loaded]) -> tuple[Split, dict[str, Any]]:
+    """Read the arrays of two .npy files as a split without a name, of the checkpoints' classes.
+
+    Returns it and a dict for the JSON: the files and their SHA-256. Raises UserError, of dataset/arrays.py.
+    """
+    paths, found = {"images": images, "labels": labels}, arrays.read(images, labels)
+    source = one_line(" and ".join(f"{kind} of {path.name}" for kind, path in paths.items()))
+    split = Split(
+        "", torch.from_numpy(found.images), torch.from_numpy(found.labels).long(), source, _classes(loaded, labels)
+    )
+    files = zip(paths.items(), found.sha256, strict=True)
+    return split, {"files": {kind: {"file": cli.relative(path), "sha256": digest} for (kind, path), digest in files}}
+
+
+def _classes(loaded: Sequence[Loaded], labels: Path) -> tuple[str, ...]:
+    """Return the class names of the checkpoints. Raises UserError where two have others."""
+    known = [each for each in loaded if not checkpoint.is_bare(each.info)]
+    for each in known[1:]:
+        if each.info["classes"] != known[0].info["classes"]:
+            both = f"{cli.shown(known[0].path)} and {cli.shown(each.path)}"
+            raise UserError(f"{both} were trained for different classes: {labels.name} can have the labels of one only")
+    return tuple(known[0].info["classes"]) if known else CLASSES
 
 
 class Answer(NamedTuple):
@@ -64,8 +90,8 @@ def answer(loaded: list[Loaded], split: Split, tta: bool, ensemble: bool) -> lis
     return answers
 
 
-def describe(answered: Answer, split: Split) -> dict[str, Any]:
-    """Describe one answer for the JSON: where it is from, and everything measured."""
+def describe(answered: Answer, split: Split, listed: excluded.Listed | None = None) -> dict[str, Any]:
+    """Describe one answer for the JSON: where it is from, and everything measured, also without the images listed."""
     members, figures = answered.members, metrics.evaluate(answered.logits, split.labels, split.classes)
     files = [_origin(each) for each in members]
     if len(members) == 1:
@@ -77,8 +103,9 @@ def describe(answered: Answer, split: Split) -> dict[str, Any]:
         origin = {"ensemble": files, "model": "+".join(sorted({each.info["model"] for each in members}))}
     return {
         **origin,
-        **{"views": answered.views, "split": split.name, "data": split.source},
+        **{"views": answered.views, "split": split.name or None, "data": split.source},
         **figures,
+        **({"without": excluded.measure(listed, answered.logits, split.labels)} if listed else {}),
         "caution": "; ".join(dict.fromkeys(cautions(answered, split, figures["accuracy"]))) or None,
     }
 

@@ -17,10 +17,11 @@ import checkpoint
 import data
 import engine
 import metrics
-from analysis import evaluation
+from analysis import evaluation, excluded
 from data import CLASSES
-from dataset import published
+from dataset import arrays, published
 from runtime import cli
+from runtime.errors import UserError
 
 
 def evaluate(*arguments, data_dir=SAMPLE, **how):
@@ -232,6 +233,242 @@ def test_the_default_is_the_shipped_cnn():
     assert finished.returncode == 0, finished.stderr
     assert "checkpoints/best_cnn_fmnist.pt: cnn" in finished.stdout
     assert "caution: trained on Fashion-MNIST, measured on sample" in finished.stdout
+
+
+# --- without the images of a list ------------------------------------------------------------------------
+
+
+def wilson(right, n, z=1.959963984540054):
+    """The interval as the roots of (p - right / n)^2 = z^2 p (1 - p) / n."""
+    return sorted(np.roots([1 + z * z / n, -(2 * right / n + z * z / n), (right / n) ** 2]))
+
+
+def write_list(path, rows, header="split,index,label,suggested,p_label,p_suggested,rank"):
+    path.write_text(f"{header}\n" + "".join(f"{row}\n" for row in rows))
+    return path
+
+
+def rows_of(sample, part, indices):
+    """Rows of a list with the right labels; train counts in all training images."""
+    whole = sample["train+val" if part == "train" else part]
+    return [f"{part},{i},{CLASSES[whole.labels[i]]},Bag,0.01,0.9,{rank}" for rank, i in enumerate(indices, 1)]
+
+
+def left(sample, split, indices):
+    """Where the images of a split are that are not at these indices of all, found by their pixels."""
+    whole = sample["test" if split == "test" else "train+val"]
+    pixels = {whole.images[i].numpy().tobytes() for i in indices}
+    return [i for i, image in enumerate(sample[split].images) if image.numpy().tobytes() not in pixels]
+
+
+@pytest.mark.parametrize("split", ["test", "val", "train"])
+def test_the_accuracy_is_measured_also_without_listed_images(trained, sample, tmp_path, split):
+    path, chosen = trained[0] / "best_cnn_fmnist.pt", {"train": range(0, 1000, 7), "test": range(3, 500, 11)}
+    rows = [row for part, indices in chosen.items() for row in rows_of(sample, part, indices)]
+    listed = write_list(tmp_path / "suspects.csv", rows)
+    finished = evaluate(path, "--split", split, "--exclude", listed, "--json", tmp_path / "x.json")
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((tmp_path / "x.json").read_text())
+    kept = left(sample, split, chosen["test" if split == "test" else "train"])
+    predicted = engine.predict_logits(checkpoint.load(path)[0], sample[split]).argmax(1).numpy()
+    labels = sample[split].labels.numpy()
+    right, n = int((predicted[kept] == labels[kept]).sum()), len(kept)
+    assert 0 < n < len(labels)
+    assert result["accuracy"] == accuracy_score(labels, predicted)  # the first figure stays that of all images
+    without = result["without"]
+    assert without["file"] == cli.relative(listed)
+    assert without["sha256"] == hashlib.sha256(listed.read_bytes()).hexdigest()
+    assert (without["excluded"], without["n"]) == (len(labels) - n, n)
+    assert without["accuracy"] == pytest.approx(right / n)
+    assert without["accuracy_ci95"] == pytest.approx(wilson(right, n))
+    low, high = wilson(right, n)
+    said = finished.stdout.splitlines()
+    (line,) = [number for number, text in enumerate(said) if text.startswith("  accuracy    ")]
+    assert said[line + 1] == f"  accuracy without these      {right / n:.2%}  (95% interval {low:.2%} to {high:.2%})"
+    counts = f"without these: the {len(labels) - n} in {cli.shown(listed)}; n = {n} are left"
+    assert counts in " ".join(finished.stdout.split())
+
+
+def test_of_several_checkpoints_each_is_measured_without_listed_images(trained, sample, tmp_path):
+    paths = [trained[0] / f"best_{name}_fmnist.pt" for name in ("mlp", "cnn")]
+    listed = write_list(tmp_path / "few.csv", [f" test , {index} " for index in range(100)], "split, index")
+    finished = evaluate(*paths, "--ensemble", "--exclude", listed, "--json", tmp_path / "x.json")
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "x.json").read_text())["checkpoints"]
+    plain = [engine.predict_logits(checkpoint.load(path)[0], sample["test"]).double().softmax(1) for path in paths]
+    labels = sample["test"].labels[100:].numpy()
+    for number, (result, chances) in enumerate(zip(results, [*plain, sum(plain)], strict=True), 1):
+        accuracy = accuracy_score(labels, chances[100:].argmax(1).numpy())
+        assert result["without"]["accuracy"] == pytest.approx(accuracy)
+        low, high = result["without"]["accuracy_ci95"]
+        cells = rf"^ {number} +{result['accuracy']:.2%} .* {accuracy:.2%} +{low:.2%} to {high:.2%}"
+        assert re.search(cells, finished.stdout, re.MULTILINE)
+    assert re.search(r"accuracy +95% interval +without these +their interval", finished.stdout)
+
+
+LISTS = {  # content, and what is said of it
+    "no index": ("split,rank\ntest,1\n", "line 1: it lacks the column index"),
+    "no header": ("test,1\ntest,2\n", "line 1: it lacks the column split and index"),
+    "empty": ("", "is an empty file"),
+    "header alone": ("split,index\n", "lists none of the 500 images of the test split"),
+    "other split": ("split,index\ntrain,1\n", "lists none of the 500 images of the test split"),
+    "all": ("split,index\n" + "".join(f"test,{i}\n" for i in range(500)), "lists all images of the test split"),
+    "unknown split": ("split,index\ntest,1\ntset,2\n", "line 3: its split is 'tset', not train or test"),
+    "beyond": ("split,index\n\ntest,500\n", "line 3: its index is '500', not a whole number from 0 to 499"),
+    "negative": ("split,index\ntest,-1\n", "line 2: its index is '-1', not a whole number"),
+    "fraction": ("split,index\ntest,1.0\n", "line 2: its index is '1.0', not a whole number"),
+    "of train": ("split,index\ntrain,x\n", "line 2: its index is 'x', not a whole number"),
+    "huge": (f"split,index\ntest,{'9' * 5000}\n", "line 2: its index is '9+', not a whole number"),
+    "twice": ("split,index\ntest,5\ntrain,5\ntest,05\n", "line 4: image 5 of test is there twice, first in line 2"),
+    "label": ("split,index,label\ntest,0,Hat\n", "line 2: its label is 'Hat', but image 0 of test is a '.*other data"),
+    "ragged": ("split,index\ntest,0\ntest\n", "line 3: it has more or fewer values"),
+    "quotes": ('split,index\ntest,"0\n', "line 2: no CSV file"),
+    "UTF-8": ("split,index\ntest,0\ntest,\xff\n", "line 3: not a text in UTF-8"),
+    "header twice": ("split,index,index\ntest,0,1\n", "line 1: its header names the column 'index' twice"),
+}
+
+
+@pytest.mark.parametrize("fault", LISTS)
+def test_a_faulty_list_is_one_clear_line(sample, tmp_path, fault):
+    content, said = LISTS[fault]
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"a\.csv,? {said}") as caught:
+        excluded.read(tmp_path / "a.csv", sample["test"], sample["test"])
+    assert str(caught.value).isprintable()
+
+
+def test_a_faulty_list_ends_evaluate(trained, tmp_path):
+    path = trained[0] / "best_mlp_fmnist.pt"
+    listed = write_list(tmp_path / "a.csv", ["train,1000"], "split,index")
+    assert_one_line_error(evaluate(path, "--split", "val", "--exclude", listed), "line 2: its index is '1000'.* to 999")
+    assert_one_line_error(evaluate(path, "--exclude", tmp_path / "none.csv"), "none.csv: No such file")
+    assert_one_line_error(evaluate(path, "--exclude", tmp_path), "not a regular file")
+
+
+# --- arrays ----------------------------------------------------------------------------------------------
+
+
+def save(folder, images, labels):
+    np.save(folder / "F.npy", images)
+    np.save(folder / "L.npy", labels)
+    return "--images", folder / "F.npy", "--labels", folder / "L.npy"
+
+
+def corrupted(sample):
+    """Real images that are nearly as dark as night, as of a corrupted test set: uint8 (500, 28, 28)."""
+    return (sample["test"].images.numpy() // 5).astype(np.uint8)
+
+
+def nowhere():
+    """Let no source have Fashion-MNIST."""
+
+    def find(*_):
+        raise AssertionError("Fashion-MNIST was looked for")
+
+    data.find = find
+
+
+@pytest.mark.parametrize("shape", [(-1, 28, 28), (-1, 28, 28, 1), (-1, 784)])
+def test_arrays_take_the_place_of_the_data_set(trained, sample, tmp_path, shape):
+    path, images, labels = trained[0] / "best_cnn_fmnist.pt", corrupted(sample), sample["test"].labels.numpy()
+    flags = save(tmp_path, images.reshape(shape), labels.astype(np.int32))
+    finished = run_script("evaluate.py", path, *flags, "--json", tmp_path / "a.json", before=nowhere)
+    assert finished.returncode == 0, finished.stderr
+    assert "data:" not in finished.stdout
+    result = json.loads((tmp_path / "a.json").read_text())
+    model = checkpoint.load(path)[0]
+    with torch.no_grad():
+        predicted = model((torch.tensor(images)[:, None] / 255 - 0.5) / 0.5).argmax(1).numpy()
+    assert result["accuracy"] == accuracy_score(labels, predicted)
+    assert result["accuracy"] < accuracy_score(labels, engine.predict_logits(model, sample["test"]).argmax(1)) - 0.05
+    assert (result["n"], result["split"], result["data"]) == (500, None, "images of F.npy and labels of L.npy")
+    for kind, name in (("images", "F.npy"), ("labels", "L.npy")):
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert result["files"][kind] == {"file": cli.relative(tmp_path / name), "sha256": digest}
+    assert "\nimages of F.npy and labels of L.npy, n = 500\n" in finished.stdout
+    assert "caution: trained on sample, measured on images of F.npy and" in finished.stdout
+
+
+def test_arrays_have_the_classes_of_the_checkpoint(own_set, trained, sample, tmp_path):
+    _, path, names = own_set
+    flags = save(tmp_path, sample["test"].images.numpy(), sample["test"].labels.numpy())
+    finished = run_script("evaluate.py", path, *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert re.findall(r"^(my class \d)  +\d", finished.stdout, re.MULTILINE) == names
+    both = run_script("evaluate.py", path, trained[0] / "best_cnn_fmnist.pt", *flags)
+    assert_one_line_error(both, "best_mlp_fmnist.pt and .*best_cnn_fmnist.pt were trained for different classes")
+    several = run_script("evaluate.py", path, path, *flags)
+    assert "\nimages of F.npy and labels of L.npy, n = 500\n" in several.stdout
+
+
+def test_arrays_that_do_not_fit_are_one_clear_line(sample, tmp_path):
+    images, labels = sample["test"].images.numpy(), sample["test"].labels.numpy()
+    nan = np.where(images > 0, images, np.nan)
+    cases = [
+        (images / 255, labels, r"F.npy is float64 \(500, 28, 28\); it must be whole numbers from 0 to 255, as uint8"),
+        (nan, labels, "F.npy is float64 .* as uint8"),
+        (images > 0, labels, "F.npy is bool .* as uint8"),
+        (images.astype(np.int16) - 1, labels, "F.npy has values from -1 to 254; they must be 0 to 255"),
+        (images.astype(object), labels, "F.npy is object"),
+        (images[:, :27], labels, r"F.npy has the shape \(500, 27, 28\), not \(n, 28, 28\) or \(n, 784\)"),
+        (labels, images, r"F.npy has the shape \(500,\), not"),
+        (images[:0], labels[:0], "F.npy has no images"),
+        (images[1:], labels, "F.npy has 499 images, but .*L.npy has 500 labels"),
+        (images, labels + 1, "L.npy has values from 1 to 10; they must be 0 to 9"),
+        (images, labels - 1, "L.npy has values from -1 to 8; they must be 0 to 9"),
+        (images, labels.astype(np.float32), r"L.npy is float32 \(500,\); it must be whole numbers from 0 to 9"),
+        (images, np.eye(10, dtype=np.uint8)[labels], r"L.npy has the shape \(500, 10\), not \(n,\)"),
+    ]
+    for first, second, said in cases:
+        save(tmp_path, first, second)
+        with pytest.raises(UserError, match=said):
+            arrays.read(tmp_path / "F.npy", tmp_path / "L.npy")
+
+
+def test_files_that_are_no_arrays_are_one_clear_line(sample, tmp_path, monkeypatch):
+    images, labels = sample["test"].images.numpy(), sample["test"].labels.numpy()
+    save(tmp_path, images, labels)
+    whole = (tmp_path / "F.npy").read_bytes()
+    np.savez(tmp_path / "both.npz", images=images, labels=labels)
+    cases = {
+        whole[:-1]: "F.npy is truncated",
+        whole + b"\0": "F.npy is longer than its header announces",
+        whole[:20]: "F.npy is no array",
+        whole[:6] + b"\2" + whole[7:]: "F.npy is no array: its header has another version",
+        b"": "F.npy is an empty file",
+        b"<!DOCTYPE html>": "F.npy is an HTML page",
+        b"\x80\x04K\x01.": "F.npy is no .npy file",
+        (tmp_path / "both.npz").read_bytes(): "F.npy is an .npz or another zip",
+        whole.replace(b"(500, 28, 28)", b"(999999, 784)"): "for 200,000 images at most",
+    }
+    for content, said in cases.items():
+        (tmp_path / "F.npy").write_bytes(content)
+        with pytest.raises(UserError, match=said) as caught:
+            arrays.read(tmp_path / "F.npy", tmp_path / "L.npy")
+        assert str(caught.value).isprintable()
+    monkeypatch.setattr(arrays, "MOST_BYTES", 1_000)
+    (tmp_path / "F.npy").write_bytes(whole)
+    with pytest.raises(UserError, match=r"F\.npy: larger than 1,000 bytes"):
+        arrays.read(tmp_path / "F.npy", tmp_path / "L.npy")
+
+
+def test_by_columns_and_big_endian_are_the_same_arrays(sample, tmp_path):
+    images, labels = sample["test"].images.numpy(), sample["test"].labels.numpy()
+    save(tmp_path, np.asfortranarray(images.astype(">i4")), labels.astype(">u2"))
+    found = arrays.read(tmp_path / "F.npy", tmp_path / "L.npy")
+    assert (found.images == images).all()
+    assert (found.labels == labels).all()
+    assert found.images.dtype == found.labels.dtype == np.uint8
+
+
+def test_arrays_conflict_with_a_data_set(tmp_path):
+    flags = ["--images", tmp_path / "F.npy", "--labels", tmp_path / "L.npy"]
+    for half in (flags[:2], flags[2:]):
+        assert_one_line_error(run_script("evaluate.py", *half), "--images and --labels go together")
+    for more in (["--split", "test"], ["--data-dir", SAMPLE], ["--other-data"], ["--exclude", "a.csv"]):
+        finished = run_script("evaluate.py", *flags, *more)
+        assert_one_line_error(finished, f"take the place of the data set: leave out {more[0]} ")
+    assert_one_line_error(run_script("evaluate.py", *flags), "F.npy: No such file")
 
 
 def test_bad_arguments_get_one_clear_line(trained, tmp_path):

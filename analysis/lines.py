@@ -1,0 +1,58 @@
+"""What evaluate.py prints of its results, in lines that fit into a terminal.
+
+print(lines.measured_on(result))                         # of evaluation.describe
+lines.print_columns(lines.accuracies(results))
+"""
+
+import textwrap
+from typing import Any
+
+from runtime.errors import one_line
+
+WIDTH = 80  # columns of a terminal
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """Say on which images a result was measured, and which of them its second accuracy is without."""
+    split = f"{result['split']} split of " if result["split"] else ""
+    said = [f"{split}{result['data']}, n = {result['n']:,}"]
+    if without := result.get("without"):
+        said.append(f"without these: the {without['excluded']:,} in {without['file']}; n = {without['n']:,} are left")
+    return "\n".join(wrapped(one_line(line)) for line in said)
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """Write an accuracy with its interval."""
+    return "{:.2%}  (95% interval {:.2%} to {:.2%})".format(result["accuracy"], *result["accuracy_ci95"])
+
+
+def accuracies(results: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the columns of the accuracies and their intervals, title to cells: first those on all images."""
+    columns = _pair("accuracy", "95% interval", results)
+    if "without" in results[0]:
+        columns |= _pair("without these", "their interval", [each["without"] for each in results])
+    return columns
+
+
+def _pair(title: str, of_intervals: str, results: list[dict[str, Any]]) -> dict[str, list[str]]:
+    intervals = ["{:.2%} to {:.2%}".format(*each["accuracy_ci95"]) for each in results]
+    return {title: [f"{each['accuracy']:.2%}" for each in results], of_intervals: intervals}
+
+
+def wrapped(text: str) -> str:
+    """Break a text into lines that fit into WIDTH, without cutting a path."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def print_columns(columns: dict[str, list[str]]) -> None:
+    """Print columns, title to cells, with the rows numbered from 1; those that do not fit into WIDTH follow below."""
+    lines: list[str] = []
+    for title, cells in columns.items():
+        wide = max(map(len, (title, *cells)))
+        column = [f"  {text:>{wide}}" for text in (title, *cells)]
+        if lines and len(lines[0]) + len(column[0]) > WIDTH:
+            print("\n".join(["", *lines]))
+            lines = []
+        lines = lines or ["  ", *(f"{number:>2}" for number in range(1, len(cells) + 1))]
+        lines = [line + part for line, part in zip(lines, column, strict=True)]
+    print("\n".join(["", *lines]))
