@@ -18,7 +18,7 @@ from analysis import audit, composition, trainings
 SHIPPED = ROOT / "runs" / "audit"
 # Training images of wrong label by the authors of arXiv:1912.05283: zalandoresearch/fashion-mnist#166.
 PUBLISHED = {45592, 16691, 28264, 33982, 40513, 42018}
-TRAININGS = re.escape("the five folds") + ".*" + re.escape("Consensus needs five trainings of cnn, published")
+TRAININGS = re.escape("the five folds") + ".*" + re.escape("Consensus needs 5 trainings of cnn, published")
 
 
 def shorten_more():
@@ -113,7 +113,7 @@ def test_the_consensus_is_that_of_the_report(both):
 def test_consensus_is_the_same_wrong_answer_of_five_trainings(exported, sample):
     folder, deep, _ = exported
     votes = [json.loads(path.read_text())["predicted"] for path in sorted(deep.glob("*/cnn-published-?.json"))]
-    assert len(votes) == composition.CONSENSUS_SEEDS
+    assert len(votes) == trainings.SEEDS
     answers, labels = np.array([list(map(int, each)) for each in votes]), sample["test"].labels.numpy()
     alike = set(np.flatnonzero((answers == answers[0]).all(0) & (answers[0] != labels)))
     listed = {int(row["test_index"]): row["answer"] for row in rows(folder, "consensus.csv")}
@@ -191,7 +191,7 @@ def test_without_the_long_trainings_nothing_is_written(trained, exported, tmp_pa
     assert_one_line_error(finished, "analyze_errors.py --deep trains " + TRAININGS)
     shutil.copytree(exported[1], tmp_path / "deep", ignore=shutil.ignore_patterns("checkpoints", "cnn-*-4.json"))
     finished = export(trained, tmp_path / "deep", tmp_path / "audit")
-    assert_one_line_error(finished, "Consensus needs five trainings of cnn, published: .*--deep runs them")
+    assert_one_line_error(finished, "Consensus needs 5 trainings of cnn, published: .*--deep runs them")
     assert not (tmp_path / "audit").exists()
 
 
