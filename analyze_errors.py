@@ -65,34 +65,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.loading():  # only now: --help should not wait for PyTorch
         import checkpoint
         import data
-        from analysis import audit, composition, explain, humans, report, trainings
+        from analysis import audit, composition, evaluation, explain, humans, report, trainings
         from runtime import device
         from training.record import history_of
 
+    target = device.pick_device(args.device)
     if args.export:
         audit.check(args.export)
-    target = device.pick_device(args.device)
-    found = checkpoint.load_all(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
-    loaded = [(path, *each) for path, each in zip(args.checkpoints, found, strict=True)]
+    loaded = evaluation.load(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
     train, test = data.load("train+val", "test", data_dir=args.data_dir, other_data=args.other_data)
-    for path, _, info in loaded:
-        checkpoint.check_classes(path, info, test)
-    votes = humans.read_votes(args.human_votes, test.labels.numpy()) if args.human_votes else None
+    for each, _, info in loaded:
+        checkpoint.check_classes(each, info, test)
+    votes = args.human_votes and humans.read_votes(args.human_votes, test.labels.numpy())
     where = {"data_dir": args.data_dir, "other_data": args.other_data}
     if args.deep and (code := trainings.run(args.deep_dir, train, test, args.device, votes, **where)):
         print("analyze_errors.py: interrupted; the same command resumes it", file=sys.stderr)
         return code
 
     measured = composition.measure_all(loaded, test.to(target), data.held_out(train).to(target))
-    first, path, digest = measured[0], args.checkpoints[0], found[0][1]["sha256"]
-    _, train_features = explain.features(loaded[0][1], train.to(target))
+    (path, model, info), first = loaded[0], measured[0]
+    digest, (_, train_features) = info["sha256"], explain.features(model, train.to(target))
     results = trainings.Results(args.deep_dir, data.fingerprint(train, test))
-    if args.deep:
-        results.embed(digest, first.features)
     evidence = composition.gather(first, train_features, train, test, results)
     people = composition.people(measured, evidence, votes) if votes else results.people(digest)
-    if args.deep and votes and people:
-        results.keep_people(digest, people)
+    if args.deep:
+        results.keep(digest, first.features, people if votes else None)
     numbers, embedding = composition.numbers(measured, evidence, people), results.embedding(digest, len(test.labels))
     print_stale(results.stale)
 
@@ -102,14 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = report.page(measured, evidence, numbers, train, test, embedding, votes)
     figures = {**drawing.result(), "report.html": report.render(page)}
     figures["analysis.json"] = files.to_json(summary).encode()
-    written = [(args.figures_dir, figures)]
+    written = {args.figures_dir: figures}
     if args.export:
-        written.append((args.export, audit.contents(summary, first, evidence, train_features, train, test)))
-    for folder, contents in written:
-        write(folder, contents)
+        audited = audit.contents(summary, first, evidence, train_features, train, test)
+        written[args.export] = written.get(args.export, {}) | audited
+    write(written)
     print_summary(summary, page)
-    for folder, contents in written:
-        print(f"written to {cli.shown(folder)}: {', '.join(contents)}")
+    print("\n".join(f"written to {cli.shown(folder)}: {', '.join(written[folder])}" for folder in written))
     remove_stale(args.figures_dir, figures)
     return 0
 
@@ -129,11 +125,12 @@ def print_stale(names: set[str]) -> None:
         print(f"deep results of other code or recipes are skipped: {listed}; --deep makes them again", file=sys.stderr)
 
 
-def write(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files into a folder, which is made if it is missing; contents: by file name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        files.write_atomically(folder / name, content)
+def write(written: dict[Path, dict[str, bytes]]) -> None:
+    """Write files into folders, which are made where they are missing; written: by folder and file name."""
+    for folder, contents in written.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            files.write_atomically(folder / name, content)
 
 
 def print_summary(summary: dict[str, Any], page: dict[str, Any]) -> None:

@@ -117,8 +117,24 @@ class Results:
         result = self.read(f"map-{digest[:8]}", digest, n)
         return np.array(result["map"]) / 100 if result else None
 
-    def embed(self, digest: str, features: torch.Tensor) -> None:
-        """Make the map of a checkpoint's features float32 (n, d), unless it is there."""
+    def people(self, digest: str) -> dict[str, Any] | None:
+        """Return how the checkpoint with that SHA-256 compares with people, of humans.compare, if it was kept."""
+        result = self.read(f"people-{digest[:8]}", digest)
+        return result["people"] if result else None
+
+    def keep(self, digest: str, features: torch.Tensor, people: dict[str, Any] | None) -> None:
+        """Keep what takes long, or needs people's votes, of the checkpoint with that SHA-256.
+
+        features: float32 (n, d), of which a map is made unless it is there; people: of humans.compare, if there are
+        votes.
+        """
+        self._embed(digest, features)
+        if people:
+            text = json.dumps({"key": digest, "people": people}, allow_nan=False)
+            files.write_atomically(self._path(f"people-{digest[:8]}"), (text + "\n").encode())
+
+    def _embed(self, digest: str, features: torch.Tensor) -> None:
+        """Make the map of a checkpoint's features, unless it is there."""
         name = f"map-{digest[:8]}"
         if self._path(name).exists():
             return
@@ -128,16 +144,6 @@ class Results:
         print("deep: a map of the features, in a minute or two", flush=True)
         places = np.rint(explain.layout(features) * 100).astype(int)
         files.write_atomically(self._path(name), json.dumps({"key": digest, "map": places.tolist()}).encode())
-
-    def people(self, digest: str) -> dict[str, Any] | None:
-        """Return how the checkpoint with that SHA-256 compares with people, of humans.compare, if it was kept."""
-        result = self.read(f"people-{digest[:8]}", digest)
-        return result["people"] if result else None
-
-    def keep_people(self, digest: str, found: dict[str, Any]) -> None:
-        """Keep how a checkpoint compares with people: for those who do not have the votes."""
-        text = json.dumps({"key": digest, "people": found}, allow_nan=False)
-        files.write_atomically(self._path(f"people-{digest[:8]}"), (text + "\n").encode())
 
     def read(self, name: str, key: Key | str, n: int | None = None) -> Result | None:
         """Return the result of that name, of n images if they are known, or None if there is none with this key.
