@@ -160,7 +160,9 @@ def compare(
         "checkpoints": [_of_subject(each, images, votes) for each in subjects],
         "trainings": [_of_trainings(each, labels, votes) for each in trainings],
         "suspects": None if images.suspect is None else _outvoted(images.suspect, labels, votes),
-        "ambiguity": None if bits is None else _against(votes.entropy, bits),
+        "ambiguity": None
+        if bits is None
+        else {"trainings": sum(len(each.answers) for each in trainings)} | _against(votes.entropy, bits),
     }
 
 

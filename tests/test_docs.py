@@ -250,7 +250,8 @@ def test_the_findings_are_those_of_the_report(report):
 
 def test_the_robustness_is_that_of_the_report(report):
     for row in report["robustness"]:
-        cells = " | ".join(f"{value:.1%}" for value in (row["clean"], *row["mean"].values(), row["all"]))
+        values = (row["clean"], row["mirrored"], *row["mean"].values(), row["all"])
+        cells = " | ".join("not measured" if value is None else f"{value:.1%}" for value in values)
         assert f"| {row['name']} | {row['n']} | {cells} |" in page("mistakes")
     noise = {row["name"]: row["mean"]["noise"] for row in report["robustness"] if row["name"] != "cnn, robust"}
     of_mlp, of_cnn = ([value for name, value in noise.items() if name.startswith(kind)] for kind in ("mlp", "cnn"))
@@ -290,6 +291,54 @@ def test_the_sentences_are_those_of_the_report(report):
         f"from {before['classwise_ece']:.4f} to {after['classwise_ece']:.4f}",
     ):
         assert sentence in page("mistakes")
+
+
+def of(share, digits=1):
+    """A share as docs/mistakes.md writes it: 41.1% (37.7 to 44.6)."""
+    low, high = (100 * end for end in share["ci95"])
+    return f"{share['share']:.{digits}%} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def people_sentences(people):
+    """What docs/mistakes.md says of people, from the numbers of the report."""
+    own, trainings = people["checkpoints"][0], {row["name"]: row for row in people["trainings"]}
+    mistakes, groups, suspects, classes = own["mistakes"], own["groups"], people["suspects"], people["by_class"]
+    chosen, unlike = people["label_chosen"], sum(classes[k]["n"] - classes[k]["count"] for k in ("Coat", "Shirt"))
+    sixty, eighty, most = (each["label"] for each in own["agreeing"])
+    plain, best, resnet = (trainings[name] for name in ("cnn, published", "cnn, best", "resnet, best"))
+    gains = [100 * (best[key]["mean"] - plain[key]["mean"]) for key in ("label_accuracy", "people_accuracy")]
+    rho, bits = own["confidence"], people["ambiguity"]
+    yield f"{people['votes']:,} votes of people"
+    yield f"is the label of {of(chosen)} of the images"
+    yield f"side with the CNN in {of(mistakes['model'])} and with the label in {of(mistakes['label'])}"
+    yield f"By chance, it would be {mistakes['expected']['model']:.1%} and {mistakes['expected']['label']:.1%}"
+    for name in ("consensus", "unstable"):
+        yield f"the {groups[name]['n']} {name} "
+        yield f"{of(groups[name]['model'])} with the CNN and {of(groups[name]['label'])} with the label"
+    yield f"Of the {suspects['outvoted']['n']} suspect test labels, people outvote {of(suspects['outvoted'])}"
+    yield f"Of the others, they outvote {of(suspects['others_outvoted'])}"
+    yield f"suspects' classes alone would give {suspects['expected']:.1%}"
+    yield f"the label of {of(classes['Coat'])} of the coats and {of(classes['Shirt'])} of the shirts"
+    yield f"These two classes hold {unlike / (chosen['n'] - chosen['count']):.0%} of the images"
+    yield f"{gains[0]:.1f} points nearer to the labels, but {gains[1]:.1f} points nearer to people's choices"
+    yield f"is people's choice in {resnet['people_accuracy']['mean']:.1%}"
+    yield f"{plain['cross_entropy_scaled']['mean']:.2f} nats for the published CNNs"
+    yield f"{resnet['cross_entropy_scaled']['mean']:.2f} for the ResNets"
+    yield f"{most['n'] - most['count']} mistakes on the {most['n']:,} images on which at least 95% of people agree"
+    yield f"{eighty['n'] - eighty['count']} on the {eighty['n']:,} on which at least 80% do"
+    fewer, n = mistakes["n"] - (sixty["n"] - sixty["count"]), people["n"] - sixty["n"]
+    yield f"{fewer / mistakes['n']:.0%} of its mistakes are among the {n / people['n']:.0%} of the images"
+    yield f"(Spearman −{-rho['spearman']:.2f}, interval −{-rho['ci95'][0]:.2f} to −{-rho['ci95'][1]:.2f})"
+    yield f"{bits['trainings']} trainings ({bits['spearman']:.2f}, {bits['ci95'][0]:.2f} to {bits['ci95'][1]:.2f})"
+
+
+def test_what_people_see_is_what_was_measured(report):
+    for sentence in people_sentences(report["people"]):
+        assert sentence in page("mistakes")
+    mistakes = report["people"]["checkpoints"][0]["mistakes"]
+    shares = [f"{mistakes[side]['share']:.0%}" for side in ("model", "label")]
+    short = "on the {} mistakes of the CNN, most people side with the CNN in {} and with the label in {}."
+    assert short.format(mistakes["n"], *shares) in " ".join(README.split())
 
 
 def test_the_limits_of_near_duplicates_are_those_of_the_report(report):
