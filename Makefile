@@ -24,6 +24,7 @@ figures:
 	$(python) compare.py --figures-dir docs/figures --json docs/figures/frontier.json
 	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/*/best_*_fmnist.pt --tta \
 	    --json docs/figures/evaluate.json
+	$(python) -m analysis.fashion_c
 
 tour: export IPYTHONDIR = .cache/ipython
 tour: export JUPYTER_RUNTIME_DIR = .cache/jupyter

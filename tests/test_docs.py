@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import data
 import engine
 import metrics
 import models
-from analysis import composition, corruptions
+from analysis import composition, corruptions, fashion_c
 from training.record import history_of
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -355,7 +356,7 @@ def test_the_limits_of_near_duplicates_are_those_of_the_report(report):
 
 
 def test_the_table_of_another_benchmark_names_our_corruptions():
-    text = "\n".join(lines_of("mistakes")).partition("### Fashion-MNIST-C")[2].partition("\n## ")[0]
+    text = "\n".join(lines_of("mistakes")).partition("### Fashion-MNIST-C")[2].partition("\n#### ")[0]
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert f"one of {sum(len(row[0].split(', ')) for row in rows)} ways" in " ".join(text.split())
@@ -365,6 +366,31 @@ def test_the_table_of_another_benchmark_names_our_corruptions():
     for kind, words in (("rotation", "{} to {} degrees"), ("contrast", "{} to {} of it remain")):
         amounts = corruptions.STRENGTHS[kind][0]
         assert words.format(amounts[0], amounts[-1]) in text
+    assert sorted(kind for row in rows for kind in row[0].split(", ")) == sorted(fashion_c.KINDS)
+
+
+def test_the_accuracies_by_kind_are_those_of_their_command():
+    """docs/figures/fashion_c.json is what `python -m analysis.fashion_c` wrote of the three checkpoints."""
+    results = read("fashion_c.json")["checkpoints"]
+    names = [result["checkpoint"].removeprefix("checkpoints/") for result in results]
+    for name, result in zip(names, results, strict=True):
+        assert result["checkpoint_sha256"] == shipped_run(name)["checkpoint_sha256"]
+        assert result["plain"]["share"] == shipped_run(name)["test"]["accuracy"]
+        assert list(result["kinds"]) == list(fashion_c.KINDS)
+        assert result["mean"] == pytest.approx(mean(each["share"] for each in result["kinds"].values()))
+    assert "The columns are `{}`, `{}` and `{}`".format(*names) in page("mistakes")
+    rows = {"as they are": [result["plain"]["share"] for result in results]}
+    rows |= {kind: [result["kinds"][kind]["share"] for result in results] for kind in fashion_c.KINDS}
+    rows[f"mean of the {len(fashion_c.KINDS)} kinds"] = means = [result["mean"] for result in results]
+    expected = [f"| {name} | {' | '.join(f'{share:.1%}' for share in row)} |" for name, row in rows.items()]
+    start = lines_of("mistakes").index(expected[0])
+    assert lines_of("mistakes")[start : start + len(expected) + 1] == [*expected, ""]
+    assert rows["as they are"].index(max(rows["as they are"])) == means.index(min(means)) == 1  # the ResNet
+    assert means.index(max(means)) == 2  # the robust CNN
+    leads = sum(max(rows[kind]) == rows[kind][2] for kind in fashion_c.KINDS)
+    assert f"the highest accuracy in {leads} of the {len(fashion_c.KINDS)} ways" in page("mistakes")
+    hard = max(max(rows[kind]) for kind in ("inverse", "upside down", "turned left", "turned right"))
+    assert f"None of the three is right on more than {math.ceil(100 * hard)}% of the images" in page("mistakes")
 
 
 # --- docs/reliability.md, docs/distributed.md --------------------------------------------------------------
