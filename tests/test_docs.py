@@ -261,7 +261,10 @@ def test_the_robustness_is_that_of_the_report(report):
     (robust,) = [row for row in report["robustness"] if row["name"] == "cnn, robust"]
     assert f"Its mean over the six corruptions is {robust['all']:.1%}" in page("mistakes")
     cells = " | ".join(f"{value:.1%}" for value in (*robust["mean"].values(), robust["all"]))
-    assert f"| `robust` | {robust['clean']:.1%} | 92.5% | {cells} |" in page("results")
+    assert f"| cnn | {robust['clean']:.1%} | 92.5% | {cells} |" in page("results")
+    (row,) = [row for row in report["robustness"] if row["name"] == "resnet, robust"]
+    cells = " | ".join(f"{value:.1%}" for value in (row["clean"], row["mirrored"], *row["mean"].values(), row["all"]))
+    assert f"| resnet | {cells} |" in page("results")
     contrast = {row["name"]: row["mean"]["contrast"] for row in report["robustness"]}
     assert f"a mean of {contrast['cnn, best']:.1%} under lower contrast" in page("mistakes")
     assert f"The published recipe keeps {contrast['cnn, published']:.1%}" in page("mistakes")
