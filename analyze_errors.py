@@ -152,6 +152,12 @@ def print_summary(summary: dict[str, Any], page: dict[str, Any]) -> None:
         print(f"    {page['groups'][name]}: {in_words(share)}")
     for note in page["notes"]:
         print(note)
+    if page["people"]:
+        own = page["people"]["checkpoints"][0]["mistakes"]
+        print(
+            f"people's votes, on its mistakes: their choice is its answer on {in_words(own['model'])}, the label on "
+            f"{in_words(own['label'])}"
+        )
     pairs = [f"{pair['a']} and {pair['b']} {pair['total']}" for pair in summary["confused_pairs"][:5]]
     print("\nmost confused: " + ", ".join(pairs))
 

@@ -31,7 +31,7 @@ LARGEST = 2**24  # bytes of a file of votes
 BLOCK = 500  # images in which people must agree with the labels
 LEAST_AGREEMENT = 0.5  # of the images of a block: in the data set's order it is 0.8, in another one 0.1
 AGREEMENTS = (0.6, 0.8, 0.95)  # shares of the people who agree
-SIDES = ("model", "label", "other", "tied")  # with whom most people vote; of several classes with the most votes: tied
+SIDES = ("model", "label", "other", "tied")  # whose class people choose; tied: several classes have the most votes
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,23 @@ def compare(
         "checkpoints": [_of_subject(each, images, votes) for each in subjects],
         "trainings": [_of_trainings(each, labels, votes) for each in trainings],
         "suspects": None if images.suspect is None else _outvoted(images.suspect, labels, votes),
-        "ambiguity": None
-        if bits is None
-        else {"trainings": sum(len(each.answers) for each in trainings)} | _against(votes.entropy, bits),
+        "ambiguity": None if bits is None else _ambiguity(votes, bits, subjects[0], trainings),
+    }
+
+
+def _ambiguity(votes: Votes, bits: np.ndarray, first: Subject, trainings: Sequence[Trainings]) -> dict[str, Any]:
+    """Relate the votes to the disagreement of trainings; where these disagree, to a model's confidence too."""
+    differ, others = bits > 0, {"ambiguity": bits, "confidence": first.probabilities.max(1)}
+    found = {name: _spearman(votes.entropy[differ], each[differ]) for name, each in others.items()}
+    return {
+        "trainings": sum(len(each.answers) for each in trainings),
+        **_against(votes.entropy, bits),
+        "where_they_differ": {"n": int(differ.sum()), **found},
     }
 
 
 def sides(votes: Votes, answers: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
-    """Count with whom most people vote on some mistakes, and how many would do so by chance.
+    """Count whose class people choose on some mistakes, and how many would do so by chance.
 
     answers, labels: int (n,); chosen: bool (n,), which images count. Chance is how often people make that choice on all
     images of the same label. Returns n, a share for each of SIDES, and "expected" with those of model and label.
@@ -185,7 +194,7 @@ def sides(votes: Votes, answers: np.ndarray, labels: np.ndarray, chosen: np.ndar
 
 
 def _side(choice: np.ndarray, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Name with whom most people vote on each image: str (n,), "label" where the answer is right too."""
+    """Name whose class people choose on each image: str (n,), "label" where the answer is right too."""
     return np.select([choice < 0, choice == labels, choice == answers], ["tied", "label", "model"], "other")
 
 
@@ -200,9 +209,20 @@ def _of_subject(each: Subject, images: Labelled, votes: Votes) -> dict[str, Any]
         "classes": {
             name: sides(votes, answers, labels, wrong & (labels == k)) for k, name in enumerate(images.classes)
         },
+        "often_chosen": _by_choice(votes, answers, labels, wrong),
         **accuracies(votes, answers, labels),
         **cross_entropies(votes, torch.from_numpy(np.log(np.maximum(each.probabilities, 1e-300)))),
         "confidence": _against(votes.entropy, confidence),
+    }
+
+
+def _by_choice(votes: Votes, answers: np.ndarray, labels: np.ndarray, wrong: np.ndarray) -> dict[str, Any]:
+    """Divide the mistakes by whether people choose the label on at least half of the images with that label."""
+    chosen = votes.choice == labels
+    often = np.array([chosen[labels == k].mean() >= 0.5 if (labels == k).any() else False for k in range(10)])[labels]
+    return {
+        "yes": sides(votes, answers, labels, wrong & often),
+        "no": sides(votes, answers, labels, wrong & ~often),
     }
 
 
@@ -243,7 +263,9 @@ def _of_trainings(own: Trainings, labels: np.ndarray, votes: Votes) -> dict[str,
     figures = {name: [value for row in rows if (value := row[name]) is not None] for name in rows[0]}
     for name in own.entropies[0] if own.entropies else ():
         figures[name] = [each[name] for each in own.entropies]
-    return {"name": own.name, "n": len(rows)} | {name: _mean(values) for name, values in figures.items()}
+    ahead = sum((row["mistakes_label"] or 0) > (row["mistakes_model"] or 0) for row in rows)
+    means = {name: _mean(values) for name, values in figures.items()}
+    return {"name": own.name, "n": len(rows), "label_ahead": ahead} | means
 
 
 def _in_brief(votes: Votes, answers: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
@@ -278,12 +300,21 @@ def _against(entropy: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     The tenths are of the images in the order of the values. The interval is that of Bonett and Wright (2000,
     doi:10.1007/BF02294183).
     """
-    from scipy.stats import spearmanr  # takes a second to import
-
-    rho, n = float(spearmanr(entropy, values).statistic), len(values)
+    _, place = np.unique(values, return_inverse=True)
+    entropy_of_ties = (np.bincount(place, entropy) / np.bincount(place))[place]  # equal values have no order
+    rho, n = _spearman(entropy, values), len(values)
     centre, half = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)), metrics.Z95 * ((1 + rho**2 / 2) / (n - 3)) ** 0.5
     tenths = np.array_split(np.argsort(values, kind="stable"), 10)
     return {
         **{"n": n, "spearman": rho, "ci95": np.tanh([centre - half, centre + half]).tolist()},
-        "tenths": [{"value": float(values[part].mean()), "entropy": float(entropy[part].mean())} for part in tenths],
+        "tenths": [
+            {"value": float(values[part].mean()), "entropy": float(entropy_of_ties[part].mean())} for part in tenths
+        ],
     }
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Compute Spearman's rank correlation; 0 where one of the two has only one value."""
+    from scipy.stats import spearmanr  # takes a second to import
+
+    return float(spearmanr(a, b).statistic) if len(np.unique(a)) > 1 and len(np.unique(b)) > 1 else 0.0

@@ -53,9 +53,9 @@ PEOPLE_TITLES = {  # of humans.compare's trainings
 }
 FEW = 10  # mistakes of a kind that are too few for a bar
 PEOPLE_SIDES = {  # of humans.SIDES, in words
-    "model": ("with the model", BLUE),
-    "label": ("with the label", "#8f2d25"),
-    "other": ("with another class", "#c9d1d8"),
+    "model": ("the model's answer", BLUE),
+    "label": ("the label", "#8f2d25"),
+    "other": ("another class", "#c9d1d8"),
     "tied": ("tied", "#eef1f3"),
 }
 # Sides of a point where its name may stand: right, left, then below and above from right to left.
@@ -484,7 +484,7 @@ def strength(rows: Rows) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def people_sides(checkpoint: Mapping[str, Any], groups: Mapping[str, str]) -> Figure:
-    """Draw with whom people side on a checkpoint's mistakes: all of them, and by kind.
+    """Draw whose class people choose on a checkpoint's mistakes: all of them, and by kind.
 
     checkpoint: of humans.compare; groups: the names of the kinds.
     """
@@ -502,12 +502,12 @@ def people_sides(checkpoint: Mapping[str, Any], groups: Mapping[str, str]) -> Fi
         left += shares
     chance = [100 * (row["expected"]["model"] or 0) for row in rows.values()]
     style: dict[str, Any] = {"color": "black", "marker": "|", "markersize": 26, "markeredgewidth": 2, "linestyle": ""}
-    axes.plot(chance, range(len(rows)), label="with the model by chance", **style)
+    axes.plot(chance, range(len(rows)), label="the answer by chance", **style)
     axes.set(xlabel="share of the mistakes, %", xlim=(0, 100))
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.suptitle("Where the model contradicts the label, most people side ...", size=12)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9, markerscale=0.5)
+    figure.suptitle("The class that most people vote for, on the mistakes of the model", size=12)
     return figure
 
 

@@ -303,6 +303,11 @@ def of(share, digits=1):
     return f"{share['share']:.{digits}%} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def mean_of(figure):
+    """A mean over trainings: 39.5% (31.6 to 47.4)."""
+    return of({"share": figure["mean"], "ci95": figure["ci95"]})
+
+
 def people_sentences(people):
     """What docs/mistakes.md says of people, from the numbers of the report."""
     own, trainings = people["checkpoints"][0], {row["name"]: row for row in people["trainings"]}
@@ -310,39 +315,50 @@ def people_sentences(people):
     chosen, unlike = people["label_chosen"], sum(classes[k]["n"] - classes[k]["count"] for k in ("Coat", "Shirt"))
     sixty, eighty, most = (each["label"] for each in own["agreeing"])
     plain, best, resnet = (trainings[name] for name in ("cnn, published", "cnn, best", "resnet, best"))
-    gains = [100 * (best[key]["mean"] - plain[key]["mean"]) for key in ("label_accuracy", "people_accuracy")]
+    gain = 100 * (best["label_accuracy"]["mean"] - plain["label_accuracy"]["mean"])
     rho, bits = own["confidence"], people["ambiguity"]
     yield f"{people['votes']:,} votes of people"
     yield f"is the label of {of(chosen)} of the images"
-    yield f"side with the CNN in {of(mistakes['model'])} and with the label in {of(mistakes['label'])}"
+    yield f"is the CNN's answer in {of(mistakes['model'])} and the label in {of(mistakes['label'])}"
     yield f"By chance, it would be {mistakes['expected']['model']:.1%} and {mistakes['expected']['label']:.1%}"
-    for name in ("consensus", "unstable"):
-        yield f"the {groups[name]['n']} {name} "
-        yield f"{of(groups[name]['model'])} with the CNN and {of(groups[name]['label'])} with the label"
-    yield f"Of the {suspects['outvoted']['n']} suspect test labels, people outvote {of(suspects['outvoted'])}"
-    yield f"Of the others, they outvote {of(suspects['others_outvoted'])}"
-    yield f"suspects' classes alone would give {suspects['expected']:.1%}"
-    yield f"the label of {of(classes['Coat'])} of the coats and {of(classes['Shirt'])} of the shirts"
+    yield f"of the five trainings are {mean_of(plain['mistakes_model'])} and {mean_of(plain['mistakes_label'])}"
+    yield f"in {('none', 'one', 'two', 'three')[plain['label_ahead']]} of them, the label comes first"
+    unclear, clear = (own["often_chosen"][key] for key in ("no", "yes"))
+    yield f"is the label of {of(classes['Coat'])} of the coats and {of(classes['Shirt'])} of the shirts"
     yield f"These two classes hold {unlike / (chosen['n'] - chosen['count']):.0%} of the images"
-    yield f"{gains[0]:.1f} points nearer to the labels, but {gains[1]:.1f} points nearer to people's choices"
-    yield f"is people's choice in {resnet['people_accuracy']['mean']:.1%}"
-    yield f"{plain['cross_entropy_scaled']['mean']:.2f} nats for the published CNNs"
-    yield f"{resnet['cross_entropy_scaled']['mean']:.2f} for the ResNets"
+    yield f"On the {unclear['n']} mistakes with these two labels, people's choice is the CNN's answer in "
+    yield f"{of(unclear['model'])} and the label in {of(unclear['label'])}; on the other {clear['n']}"
+    yield f"in {of(clear['model'])} and {of(clear['label'])}"
+    for name in ("consensus", "unstable"):
+        yield f"the {groups[name]['n']} {name} mistakes"
+        yield f"{of(groups[name]['model'])} and the label in {of(groups[name]['label'])}"
+    yield f"Of the {suspects['outvoted']['n']} suspect test labels, people outvote {of(suspects['outvoted'])}"
+    yield f"of the others {of(suspects['others_outvoted'])}"
+    yield f"Images of the suspects' classes would give {suspects['expected']:.1%}"
+    yield f"by {gain:.1f} points nearer to the labels"
+    yield f"{mean_of(plain['people_accuracy'])} and {mean_of(best['people_accuracy'])}"
+    yield f"in {resnet['people_accuracy']['mean']:.1%}"
+    for key, digits in (("cross_entropy", 2), ("cross_entropy_scaled", 2)):
+        yield f"{resnet[key]['mean']:.{digits}f} nats for the ResNet and {plain[key]['mean']:.{digits}f} for the CNN"
     yield f"{most['n'] - most['count']} mistakes on the {most['n']:,} images on which at least 95% of people agree"
     yield f"{eighty['n'] - eighty['count']} on the {eighty['n']:,} on which at least 80% do"
     fewer, n = mistakes["n"] - (sixty["n"] - sixty["count"]), people["n"] - sixty["n"]
     yield f"{fewer / mistakes['n']:.0%} of its mistakes are among the {n / people['n']:.0%} of the images"
     yield f"(Spearman −{-rho['spearman']:.2f}, interval −{-rho['ci95'][0]:.2f} to −{-rho['ci95'][1]:.2f})"
     yield f"{bits['trainings']} trainings ({bits['spearman']:.2f}, {bits['ci95'][0]:.2f} to {bits['ci95'][1]:.2f})"
+    differ = bits["where_they_differ"]
+    yield f"On the {differ['n']:,} images on which the trainings disagree, both follow it weakly"
+    yield f"(−{-differ['confidence']:.2f} and {differ['ambiguity']:.2f})"
 
 
 def test_what_people_see_is_what_was_measured(report):
     for sentence in people_sentences(report["people"]):
         assert sentence in page("mistakes")
-    mistakes = report["people"]["checkpoints"][0]["mistakes"]
+    mistakes, readme = report["people"]["checkpoints"][0]["mistakes"], " ".join(README.replace("*", "").split())
     shares = [f"{mistakes[side]['share']:.0%}" for side in ("model", "label")]
-    short = "on the {} mistakes of the CNN, most people side with the CNN in {} and with the label in {}."
-    assert short.format(mistakes["n"], *shares) in " ".join(README.split())
+    chances = [f"{mistakes['expected'][side]:.0%}" for side in ("model", "label")]
+    short = "on the CNN's {} mistakes, most votes of people go to its answer in {} and to the label in {}."
+    assert f"{short} By chance it would be {{}} and {{}}.".format(mistakes["n"], *shares, *chances) in readme
 
 
 def test_the_limits_of_near_duplicates_are_those_of_the_report(report):

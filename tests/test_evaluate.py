@@ -308,7 +308,7 @@ def test_of_several_checkpoints_each_is_measured_without_listed_images(trained, 
 
 LISTS = {  # content, and what is said of it
     "no index": ("split,rank\ntest,1\n", "line 1: it lacks the column index"),
-    "no header": ("test,1\ntest,2\n", "line 1: it lacks the column split and index"),
+    "no header": ("test,1\ntest,2\n", "line 1: it lacks the column split and the column index"),
     "empty": ("", "is an empty file"),
     "header alone": ("split,index\n", "lists none of the 500 images of the test split"),
     "other split": ("split,index\ntrain,1\n", "lists none of the 500 images of the test split"),

@@ -23,8 +23,9 @@ import engine
 import models
 import recipes
 import training.run
-from analysis import composition, mistakes, trainings
+from analysis import composition, humans, mistakes, trainings
 from analysis.report import render
+from runtime import cli
 
 
 class Own(nn.Module):
@@ -102,13 +103,14 @@ def test_the_comparison_with_people_is_kept_for_those_without_the_votes(analysed
         "--figures-dir", tmp_path, before=shorten,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
+    assert f"their choice is its answer on {mistakes.in_words(first['mistakes']['model'])}" in finished.stdout
     assert json.loads((tmp_path / "analysis.json").read_text())["report"]["people"] == people
     content = page_data(tmp_path / "report.html")
     assert content["people"] == people
     assert content["human"] is None
     assert (tmp_path / "people_sides.png").exists()
-    told = f"{people['checkpoints'][0]['mistakes']['model']['share']:.1%}"
-    assert f"most people side with the model in {told}" in (tmp_path / "report.html").read_text()
+    said = f"{people['checkpoints'][0]['mistakes']['model']['share']:.1%}"
+    assert f"people's choice is its answer in {said}" in (tmp_path / "report.html").read_text()
 
 
 def test_no_page_holds_what_json_does_not():
@@ -189,6 +191,32 @@ def test_after_an_edit_a_training_gets_another_folder(sample, tmp_path, monkeypa
         code = trainings.run(tmp_path, sample["train+val"], sample["test"], "cpu", data_dir=SAMPLE)
         assert code == 143  # an interrupted training ends the call
     assert folders[0] != folders[1] == folders[2]  # else the finished run of the code before would be taken
+
+
+def test_every_recipe_is_trained_with_five_seeds_or_three_of_the_resnet():
+    every = trainings.seed_jobs(is_taught=True)
+    expected = {
+        f"{model}-{name}-{seed}"
+        for name, rows in recipes.RECIPES.items()
+        for model in rows
+        for seed in range(3 if model == "resnet" else 5)
+    }
+    assert set(every) == expected
+    (teacher,) = {key["teachers"][0] for name, key in every.items() if "-distilled-" in name}
+    assert teacher == checkpoint.load(cli.CHECKPOINTS / "best_resnet_fmnist.pt")[1]["sha256"]
+    assert set(trainings.seed_jobs(is_taught=False)) == {name for name in expected if "-distilled-" not in name}
+
+
+def test_a_result_without_what_is_measured_today_is_made_again():
+    votes = humans.Votes(np.ones((1, 10), int))
+    whole = {"key": {"model": "mlp"}, "mirrored": 0.5, "people": {}}
+    assert trainings._is_whole(whole, votes)
+    for lacking in ("mirrored", "people"):
+        result = {name: value for name, value in whole.items() if name != lacking}
+        assert not trainings._is_whole(result, votes)
+        assert trainings._is_whole(result, None) == (lacking == "people")
+    assert trainings._is_whole({"key": {"fold": 0}}, votes)
+    assert not trainings._is_whole(None, None)
 
 
 def test_a_verdict_is_the_same_in_print_numbers_and_page(analysed):
@@ -303,31 +331,32 @@ def facts(content):
 
 
 def sides(content):
-    """With whom most people vote on each image, where votes were given: "model", "label" or "other"."""
+    """Whose class people choose on each image, where votes were given: one of humans.SIDES."""
     labels, predicted, _ = facts(content)
     if content["human"] is None:
         pytest.skip("the report is without people's votes")
     votes = np.array(content["human"])
     clear, choice = (votes == votes.max(1, keepdims=True)).sum(1) == 1, votes.argmax(1)
-    return np.where(clear & (choice == labels), "label", np.where(clear & (choice == predicted), "model", "other"))
+    return np.select([~clear, choice == labels, choice == predicted], ["tied", "label", "model"], "other")
 
 
 def test_people_and_their_votes(page, report):
     content = report[1]
     people, (labels, predicted, _) = sides(content), facts(content)
     own = content["people"]["checkpoints"][0]
-    for side in ("model", "label"):
+    for side in humans.SIDES:
         expected = np.flatnonzero((labels != predicted) & (people == side))
         assert own["mistakes"][side]["count"] == len(expected) > 0
-        page.locator(f"#peoplebars .bar >> nth=0 >> button[title^='with the {side}']").click()
+        page.locator(f"#peoplebars .bar >> nth=0 >> button.{side}").click()
         assert sorted(indices(page)) == expected.tolist()
     page.locator("#grid button").first.click()
     i = page.evaluate("shown[open]")
     votes = {name: content["human"][i][k] for k, name in enumerate(content["classes"])}
     rows = [row.split("\t") for row in page.locator("#human tr").all_inner_texts()]
-    assert {row[0]: int(row[-1]) for row in rows} == {name: count for name, count in votes.items() if count}
+    names = {row[0].removesuffix(" (label)").removesuffix(" (answer)"): int(row[-1]) for row in rows}
+    assert names == {name: count for name, count in votes.items() if count}
     assert [int(row[-1]) for row in rows] == sorted((int(row[-1]) for row in rows), reverse=True)
-    assert page.locator("#human caption").inner_text() == f"{sum(votes.values())} people"
+    assert page.locator("#human caption").inner_text() == f"{sum(votes.values())} votes of people"
     page.locator("#close").click()
     assert f"{100 * own['mistakes']['model']['share']:.1f}%" in page.locator("#peopletold").inner_text()
     assert page.locator("#peopletrainings tbody tr").count() == len(content["people"]["trainings"])
@@ -356,7 +385,7 @@ def test_every_filter_and_order(page, report):
     group = np.array([content["checkpoints"][0]["group_of"].get(str(i), "") for i in range(content["n"])])
     people = sides(content)
     cases = [
-        *[("f-people", side, wrong & (people == side)) for side in ("model", "label", "other")],
+        *[("f-people", side, wrong & (people == side)) for side in humans.SIDES],
         ("f-what", "right", ~wrong), ("f-true", "6", wrong & (labels == 6)),
         ("f-predicted", "0", wrong & (predicted == 0)),
         *[("f-group", name, group == name) for name in composition.GROUPS],

@@ -16,10 +16,10 @@ const confidence = i => probability(i, answer(i));
 const wrong = i => answer(i) !== label(i);
 const groupOf = i => C.group_of[i] || "";
 const disagree = i => D.checkpoints.some(c => c.predicted[i] !== D.checkpoints[0].predicted[i]);
-/** With whom most people vote on an image; "other" too where several classes have as many votes. */
+/** Whose class has the most votes of people. */
 function side(i) {
   const votes = D.human[i], most = Math.max(...votes);
-  if (votes.filter(count => count === most).length > 1) return "other";
+  if (votes.filter(count => count === most).length > 1) return "tied";
   const choice = votes.indexOf(most);
   return choice === label(i) ? "label" : choice === answer(i) ? "model" : "other";
 }
@@ -196,7 +196,9 @@ const FILTERS = {
   },
   duplicate: { name: "near-duplicate", choices: yesNo, test: (i, v) => duplicates.has(i) === (v === "yes") },
   people: {
-    name: "people side with", choices: [any, ["model", "the model"], ["label", "the label"], ["other", "neither"]],
+    name: "people side with", choices: [
+      any, ["model", "the model"], ["label", "the label"], ["other", "another class"], ["tied", "several: tied"],
+    ],
     test: (i, v) => side(i) === v, there: D.human,
   },
   agree: {
@@ -304,8 +306,9 @@ function answersTable(i, c) {
 
 function peopleTable(i) {
   const all = D.human[i].reduce((sum, count) => sum + count, 0);
-  const voted = D.classes.map((name, k) => [name, D.human[i][k] / all, String(D.human[i][k])]);
-  return bars(`${all} people`, voted.filter(each => each[1]));
+  const role = k => k === label(i) ? " (label)" : k === answer(i) ? " (answer)" : "";
+  const voted = D.classes.map((name, k) => [name + role(k), D.human[i][k] / all, String(D.human[i][k])]);
+  return bars(`${all} votes of people`, voted.filter(each => each[1]));
 }
 
 /** A table of bars, the longest first. rows: [name, share of the full width, text]. */
@@ -422,8 +425,8 @@ function drawCoverage() {
 
 const FEW = 10; // mistakes of a kind that are too few for a bar
 const SIDES = {
-  model: ["with the model", "var(--accent)"], label: ["with the label", "var(--label)"],
-  other: ["with another class", "var(--line)"], tied: ["tied", "var(--faint)"],
+  model: ["the model's answer", "var(--accent)"], label: ["the label", "var(--label)"],
+  other: ["another class", "var(--line)"], tied: ["tied", "var(--faint)"],
 };
 
 function drawPeople() {
@@ -432,7 +435,8 @@ function drawPeople() {
   const kinds = Object.keys(D.groups).filter(key => own.groups[key]).map(key => [key, own.groups[key]]);
   const rows = [["", own.mistakes], ...kinds].filter(([, each]) => each.n >= FEW);
   $("peoplebars").replaceChildren(...rows.flatMap(([key, each]) => [
-    make("h3", {}, `${key ? D.groups[key] : "all mistakes"}: ${each.n}`), peopleBar(key, each),
+    make("h3", {}, `${key ? D.groups[key] : "all mistakes"}: ${each.n.toLocaleString("en")}`), peopleBar(key, each),
+    make("p", { class: "soft" }, `by chance: the answer ${percent(each.expected.model)}, the label ${percent(each.expected.label)}`),
   ]));
   const items = Object.values(SIDES).map(([name, background]) => make("li", {}, swatch(background), name));
   $("peoplelegend").replaceChildren(...items);
@@ -445,8 +449,11 @@ function peopleBar(group, each) {
     if (!each[side].count) continue;
     const title = `${name}: ${each[side].count} of ${each.n}, ${percent(each[side].share)}`;
     const attributes = { style: `flex: ${each[side].count}; background: ${background}`, title, "aria-label": title };
-    const choose = { onclick: () => filter({ what: "wrong", group, people: side === "tied" ? "other" : side }) };
-    bar.append(D.human ? make("button", { ...attributes, ...choose }) : make("span", { ...attributes, role: "img" }));
+    const choose = { onclick: () => filter({ what: "wrong", group, people: side }) };
+    const text = each[side].share > 0.08 ? percent(each[side].share, 0) : "";
+    bar.append(D.human
+      ? make("button", { ...attributes, class: side, ...choose }, text)
+      : make("span", { ...attributes, class: side, role: "img" }, text));
   }
   return bar;
 }
