@@ -64,10 +64,10 @@ def read(path: Path, split: Split, whole: Split) -> Listed:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    if lacking := [name for name in ("split", "index") if name not in header]:
+    if lacking := [f"the column {name}" for name in ("split", "index") if name not in header]:
         raise UserError(
-            f"{cli.shown(path)}, line 1: it lacks {' and '.join(f'the column {name}' for name in lacking)}: it must be split,index, with "
-            "commas; other columns may follow"
+            f"{cli.shown(path)}, line 1: it lacks {' and '.join(lacking)}: it must be split,index, with commas; other "
+            "columns may follow"
         )
 
 
