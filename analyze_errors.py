@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     digest, (_, train_features) = info["sha256"], explain.features(model, train.to(target))
     results = trainings.Results(args.deep_dir, data.fingerprint(train, test))
     evidence = composition.gather(first, train_features, train, test, results)
-    people = composition.people(measured, evidence, votes) if votes else results.people(digest)
+    people = composition.people(measured, evidence, votes) if votes else results.people(digest, evidence.answers_sha256)
     if args.deep:
         results.keep(digest, first.features, people if votes else None)
     numbers, embedding = composition.numbers(measured, evidence, people), results.embedding(digest, len(test.labels))
@@ -170,7 +170,9 @@ def remove_stale(folder: Path, written: dict[str, bytes]) -> None:
     for name in ("training_curves.png", "shirt_mistakes.png", *people):
         if name not in written and (folder / name).exists():
             (folder / name).unlink()
-            print(f"{cli.shown(folder / name)} was of another checkpoint and is removed")
+            print(
+                f"{cli.shown(folder / name)} was of an earlier call, with another checkpoint or votes, and is removed"
+            )
 
 
 if __name__ == "__main__":

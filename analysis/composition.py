@@ -205,6 +205,11 @@ class Evidence(NamedTuple):
         """Whether each test image has a suspect label: bool (n,); None without the folds."""
         return None if self.suspects is None else np.isin(np.arange(len(self.labels)), self.suspects)
 
+    @property
+    def answers_sha256(self) -> str:
+        """The SHA-256 of the answers of all trainings."""
+        return humans.digest(self.votes(kind) for kind in self.trainings)
+
     def votes(self, kind: tuple[str, str]) -> np.ndarray:
         """Return the answers of the trainings of a kind: int (trainings, n)."""
         return np.array([as_digits(each["predicted"]) for each in self.trainings.get(kind, [])])
@@ -347,12 +352,18 @@ def people(measured: Sequence[Measured], evidence: Evidence, votes: humans.Votes
     """Compare the checkpoints and the other trainings with people's votes, in plain numbers."""
     subjects = [humans.Subject(each.name, each.probabilities, group_of(each, evidence)) for each in measured]
     trainings = [
-        humans.Trainings(", ".join(kind), evidence.votes(kind), [each["people"] for each in own if "people" in each])
+        humans.Trainings(", ".join(kind), evidence.votes(kind), _entropies(own, votes.sha256))
         for kind, own in evidence.trainings.items()
     ]
     bits = ambiguity(np.concatenate([each.answers for each in trainings])) if trainings else None
     images = humans.Labelled(evidence.labels, evidence.classes, evidence.suspect)
     return humans.compare(votes, images, subjects, trainings, bits)
+
+
+def _entropies(own: Sequence[Result], sha256: str) -> list[dict[str, float]]:
+    """List humans.cross_entropies of the trainings that were measured with the votes of this SHA-256."""
+    found = [each["people"] for each in own if each.get("people", {}).get("sha256") == sha256]
+    return [{name: each[name] for name in humans.ENTROPIES} for each in found]
 
 
 def _checkpoint_numbers(each: Measured, evidence: Evidence) -> dict[str, Any]:
@@ -429,6 +440,7 @@ def _robustness(kind: tuple[str, str], own: Sequence[Result]) -> dict[str, Any]:
         "n": len(own),
         "clean": float(np.mean([each["accuracy"] for each in own])),
         "mirrored": float(np.mean(mirrored)) if mirrored else None,
+        "mirrored_n": len(mirrored),
         "curves": curves,
         "mean": {name: float(np.mean(curve)) for name, curve in curves.items()},
         "all": float(np.mean(list(curves.values()))),

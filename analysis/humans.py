@@ -10,8 +10,9 @@ GPL-3.0). It is not part of this repository.
 """
 
 import csv
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,14 @@ from metrics import share
 from runtime import cli
 from runtime.errors import UserError
 from runtime.files import read_bytes
+from runtime.schema import Number, Text
 
 LARGEST = 2**24  # bytes of a file of votes
-BLOCK = 500  # images in which people must agree with the labels
-LEAST_AGREEMENT = 0.5  # of the images of a block: in the data set's order it is 0.8, in another one 0.1
+MOST = 9_999  # votes for a class of an image
+PUBLISHED = "bec7efff5d6f901a6224758d71caadb436dbd8de1284b0be7089d193be94ddbc"  # SHA-256 of fmh_counts.csv
+BLOCK = 100  # images in which people must agree with the labels
+LEAST_AGREEMENT = 0.5  # of the images of a block: in the data set's order it is 0.72 or more, in another one about 0.1
+FEWEST = 9  # images, or fewer, have no rank correlation
 AGREEMENTS = (0.6, 0.8, 0.95)  # shares of the people who agree
 SIDES = ("model", "label", "other", "tied")  # whose class people choose; tied: several classes have the most votes
 
@@ -39,6 +44,7 @@ class Votes:
     """The votes on n images."""
 
     counts: np.ndarray  # int64 (n, 10)
+    sha256: str = ""  # of their file
 
     @cached_property
     def shares(self) -> np.ndarray:
@@ -57,16 +63,71 @@ class Votes:
         return -(self.shares * np.log2(np.where(self.shares > 0, self.shares, 1))).sum(1)
 
 
+# --- what compare returns, as kinds of runtime/schema.py --------------------------------------------------
+
+PART = (Number(0, 1), None)
+INTERVAL = ([Number(-1, 1)] * 2, None)
+COUNTED: dict[str, Any] = {"count": Number(0), "n": Number(0), "share": PART, "ci95": INTERVAL}
+SIDED: dict[str, Any] = {"n": Number(0), **dict.fromkeys(SIDES, COUNTED), "expected": {"model": PART, "label": PART}}
+RELATED: dict[str, Any] = {
+    "n": Number(0),
+    "spearman": (Number(-1, 1), None),
+    "ci95": INTERVAL,
+    "tenths": [{"value": Number(0), "entropy": Number(0)}],
+}
+ENTROPIES = {"cross_entropy": Number(), "votes_temperature": Number(0), "cross_entropy_scaled": Number()}
+PEOPLE: dict[Any, Any] = {
+    "n": Number(1),
+    "sha256": Text(64),
+    "trainings_sha256": Text(64),
+    **{"votes": Number(1), "entropy": Number(0), "tied": Number(0)},
+    "label_chosen": COUNTED,
+    "by_class": {str: COUNTED},
+    "checkpoints": [
+        {
+            "name": str,
+            "mistakes": SIDED,
+            "groups": {str: SIDED},
+            "classes": {str: SIDED},
+            "often_chosen": {"yes": SIDED, "no": SIDED},
+            **dict.fromkeys(("label_accuracy", "people_accuracy"), COUNTED),
+            "agreeing": [{"at_least": PART, "label": COUNTED, "people": COUNTED}],
+            **ENTROPIES,
+            "confidence": RELATED,
+        }
+    ],
+    "trainings": [
+        {
+            "name": str,
+            "n": Number(1),
+            "label_ahead": Number(0),
+            str: {"mean": (Number(), None), "ci95": ([Number()] * 2, None), "n": Number(0)},
+        }
+    ],
+    "suspects": ({"outvoted": COUNTED, "others_outvoted": COUNTED, "expected": PART}, None),
+    "ambiguity": (
+        {
+            **{"trainings": Number(1), **RELATED},
+            "where_they_differ": {"n": Number(0), **dict.fromkeys(("ambiguity", "confidence"), (Number(-1, 1), None))},
+        },
+        None,
+    ),
+}
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 
 def read_votes(path: Path, labels: np.ndarray) -> Votes:
     """Read the votes on images with these labels, int (n,). Raises UserError for the first fault."""
+    content = read_bytes(path, LARGEST)
     try:
-        text = read_bytes(path, LARGEST).decode()
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = [row for row in csv.reader(text, strict=True) if row]
     except UnicodeDecodeError:
         raise UserError(f"{cli.shown(path)}: not a text in UTF-8, so no CSV file of votes") from None
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise UserError(f"{cli.shown(path)}: no CSV file of votes: {error}") from None
     if len(rows) != len(labels):
         raise UserError(
             f"{cli.shown(path)}: it has {len(rows):,} rows, not one for each of {len(labels):,} test images"
@@ -74,7 +135,7 @@ def read_votes(path: Path, labels: np.ndarray) -> Votes:
     counts = np.array([_counts(path, line, row) for line, row in enumerate(rows, 1)])
     if wrong := _odd_sum(counts.sum(1)) or _wrong_order(counts, labels):
         raise UserError(f"{cli.shown(path)}: {wrong}")
-    return Votes(counts)
+    return Votes(counts, hashlib.sha256(content).hexdigest())
 
 
 def _counts(path: Path, line: int, row: Sequence[str]) -> list[int]:
@@ -82,7 +143,7 @@ def _counts(path: Path, line: int, row: Sequence[str]) -> list[int]:
     if len(row) != 10:
         raise UserError(f"{cli.shown(path)}, row {line}: it has {len(row)} columns, not ten counts of votes")
     for value in row:
-        if not (value.strip().isascii() and value.strip().isdigit() and len(value) < 9):
+        if not (value.strip().isascii() and value.strip().isdigit() and len(value) < 9 and int(value) <= MOST):
             raise UserError(
                 f"{cli.shown(path)}, row {line}: {value[:40]!r} is no count of votes; a header is not expected"
             )
@@ -99,11 +160,12 @@ def _odd_sum(sums: np.ndarray) -> str:
 def _wrong_order(counts: np.ndarray, labels: np.ndarray) -> str:
     """Say that the rows or columns are not in the data set's order, or return ""."""
     agreed = counts.argmax(1) == labels
-    for start in range(0, len(labels), BLOCK):
-        if (right := agreed[start : start + BLOCK].mean()) < LEAST_AGREEMENT:
+    for start in range(0, max(1, len(labels) - BLOCK + 1), BLOCK // 2):
+        block = agreed[start : start + BLOCK]
+        if block.mean() < LEAST_AGREEMENT:
             return (
-                f"from row {start + 1} on, most people vote for the label on {right:.0%} of {BLOCK} images only: the "
-                "rows or columns are not in the order of the test images and classes, or are of other images"
+                f"from row {start + 1} on, the label has the most votes on {block.mean():.0%} of {len(block)} images "
+                "only: the rows or columns are not in the order of the test images and classes, or are of other images"
             )
     present = [k for k in range(10) if (labels == k).any()]
     means = np.array([counts[labels == k].mean(0) for k in present])[:, present]
@@ -150,6 +212,8 @@ def compare(
     labels, chosen = images.labels, votes.choice == images.labels
     return {
         "n": len(labels),
+        "sha256": votes.sha256,
+        "trainings_sha256": digest(each.answers for each in trainings),
         "votes": int(votes.counts.sum()),
         "entropy": float(votes.entropy.mean()),
         "label_chosen": share(chosen.sum(), len(labels)),
@@ -173,6 +237,11 @@ def _ambiguity(votes: Votes, bits: np.ndarray, first: Subject, trainings: Sequen
         **_against(votes.entropy, bits),
         "where_they_differ": {"n": int(differ.sum()), **found},
     }
+
+
+def digest(answers: Iterable[np.ndarray]) -> str:
+    """Name the answers of trainings, int (trainings, n) of each kind, by a SHA-256."""
+    return hashlib.sha256(b"".join(each.astype(np.uint8).tobytes() for each in answers)).hexdigest()
 
 
 def sides(votes: Votes, answers: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
@@ -297,24 +366,30 @@ def _outvoted(suspect: np.ndarray, labels: np.ndarray, votes: Votes) -> dict[str
 def _against(entropy: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     """Relate the entropy of the votes to other values, float (n,): Spearman's rank correlation, and means of tenths.
 
-    The tenths are of the images in the order of the values. The interval is that of Bonett and Wright (2000,
-    doi:10.1007/BF02294183).
+    The tenths are of the images in the order of the values.
     """
     _, place = np.unique(values, return_inverse=True)
     entropy_of_ties = (np.bincount(place, entropy) / np.bincount(place))[place]  # equal values have no order
     rho, n = _spearman(entropy, values), len(values)
-    centre, half = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)), metrics.Z95 * ((1 + rho**2 / 2) / (n - 3)) ** 0.5
     tenths = np.array_split(np.argsort(values, kind="stable"), 10)
     return {
-        **{"n": n, "spearman": rho, "ci95": np.tanh([centre - half, centre + half]).tolist()},
+        **{"n": n, "spearman": rho, "ci95": None if rho is None else _interval(rho, n)},
         "tenths": [
             {"value": float(values[part].mean()), "entropy": float(entropy_of_ties[part].mean())} for part in tenths
         ],
     }
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute Spearman's rank correlation; 0 where one of the two has only one value."""
+def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Compute Spearman's rank correlation; None where one of the two has only one value, or of few images."""
     from scipy.stats import spearmanr  # takes a second to import
 
-    return float(spearmanr(a, b).statistic) if len(np.unique(a)) > 1 and len(np.unique(b)) > 1 else 0.0
+    defined = len(a) > FEWEST and len(np.unique(a)) > 1 and len(np.unique(b)) > 1
+    return float(spearmanr(a, b).statistic) if defined else None
+
+
+def _interval(rho: float, n: int) -> list[float]:
+    """Compute the 95% interval of a rank correlation: Bonett and Wright 2000, doi:10.1007/BF02294183."""
+    centre = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    half = metrics.Z95 * ((1 + rho**2 / 2) / (n - 3)) ** 0.5
+    return np.tanh([centre - half, centre + half]).tolist()

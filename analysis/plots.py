@@ -520,14 +520,18 @@ def people_entropy(confidence: Mapping[str, Any], ambiguity: Mapping[str, Any] |
     if ambiguity:  # the most ambiguous first
         rows.append((ambiguity, ambiguity["tenths"][::-1], "most to least ambiguous to the trainings", ORANGE, "s"))
     for found, points, name, colour, marker in rows:
-        label = f"{name} (Spearman {found['spearman']:.2f})".replace("-", "−")
+        label = f"{name} (Spearman: {_correlation(found['spearman'])})"
         axes.plot(tenths, [point["entropy"] for point in points], color=colour, marker=marker, label=label)
     axes.set(xlabel="tenths of the test images", ylabel="entropy of people's votes, bits", ylim=(0, None))
     axes.set_xticks(tenths)
     axes.grid(color=PALE, linewidth=0.6)
     axes.legend(frameon=False, fontsize=9)
-    figure.suptitle("People disagree where the model is not confident", size=12)
+    figure.suptitle("How far people disagree, by the confidence of the model and by the trainings", size=12)
     return figure
+
+
+def _correlation(rho: float | None) -> str:
+    return "none" if rho is None else f"{rho:.2f}".replace("-", "−")
 
 
 @matplotlib.rc_context(STYLE)

@@ -32,8 +32,9 @@ SHOWN_MISTAKES = 25  # in a figure, and in analysis.json
 SHOWN_PAIRS = 10
 PROBABILITY = 10_000  # stands for a probability of 1 in the page
 AMBIGUITY, DISTANCE = 100, 10_000  # likewise for a bit, and for the whole grey range
+VOTES_ZERO = 35  # of the character that stands for no vote; the next one stands for one, which takes little space
 MAP_LEVELS = 15  # of grey in a map
-TEST_QUALITY, TRAIN_QUALITY = 70, 30  # of WebP, so that five checkpoints take less than 8 MB
+TEST_QUALITY, TRAIN_QUALITY = 70, 28  # of WebP, so that five checkpoints take less than 8 MB
 ONLY_SHOWN = ("notes", "findings", "methods", "disagreements", "verdicts")  # by the template, not by the script
 SHARED = (
     "name",
@@ -175,7 +176,8 @@ def page(
         "map_size": explain.MAP_SIZE,
         "disagreements": numbers["disagreements"],
         "people": numbers["people"],
-        "human": None if votes is None else votes.counts.tolist(),
+        "human": None if votes is None else "".join(chr(VOTES_ZERO + count) for count in votes.counts.flatten()),
+        "human_zero": VOTES_ZERO,
         "notes": composition.notes(numbers),
         "findings": findings,
         "verdicts": _verdicts(findings or []),

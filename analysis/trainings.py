@@ -63,9 +63,9 @@ SEED = FACTS | {
     "findings": (FINDINGS, None),
     "robustness": dict.fromkeys(corruptions.KINDS, [SHARE] * 5),
     "mirrored": Maybe(SHARE),  # accuracy on mirrored images
-    "people": Maybe({str: Number()}),  # of humans.cross_entropies, if votes were given
+    "people": Maybe({"sha256": Text(64), **humans.ENTROPIES}),  # of the votes, and humans.cross_entropies
 }
-PEOPLE = {"key": str, "people": dict}
+PEOPLE = {"key": str, "people": humans.PEOPLE}
 MAP = {"key": str, "map": [[Number(-(10**9), 10**9, whole=True)] * 2]}
 
 Key = dict[str, Any]
@@ -117,9 +117,15 @@ class Results:
         result = self.read(f"map-{digest[:8]}", digest, n)
         return np.array(result["map"]) / 100 if result else None
 
-    def people(self, digest: str) -> dict[str, Any] | None:
-        """Return how the checkpoint with that SHA-256 compares with people, of humans.compare, if it was kept."""
+    def people(self, digest: str, trainings: str) -> dict[str, Any] | None:
+        """Return how the checkpoint with that SHA-256 compares with people, of humans.compare, if it was kept.
+
+        trainings: humans.digest of the trainings that are there; where others were, the result is stale.
+        """
         result = self.read(f"people-{digest[:8]}", digest)
+        if result and result["people"]["trainings_sha256"] != trainings:
+            self.stale.add(self._path(f"people-{digest[:8]}").name)
+            return None
         return result["people"] if result else None
 
     def keep(self, digest: str, features: torch.Tensor, people: dict[str, Any] | None) -> None:
@@ -129,8 +135,9 @@ class Results:
         votes.
         """
         self._embed(digest, features)
-        if people:
-            text = json.dumps({"key": digest, "people": people}, allow_nan=False)
+        if people:  # of this checkpoint alone
+            first = people | {"checkpoints": people["checkpoints"][:1]}
+            text = json.dumps({"key": digest, "people": first}, allow_nan=False)
             files.write_atomically(self._path(f"people-{digest[:8]}"), (text + "\n").encode())
 
     def _embed(self, digest: str, features: torch.Tensor) -> None:
@@ -291,7 +298,7 @@ def _is_whole(result: Result | None, votes: humans.Votes | None) -> bool:
     """Say whether a result is there and holds all that is measured today, and the comparison with votes if given."""
     if not result or "fold" in result["key"]:
         return bool(result)
-    return "mirrored" in result and ("people" in result or not votes)
+    return "mirrored" in result and (not votes or result.get("people", {}).get("sha256") == votes.sha256)
 
 
 class _Pace:
@@ -345,8 +352,12 @@ class _Trainer:
             "findings": mistakes.check_findings(records, test.classes),
             "robustness": corruptions.accuracies(model, test),
             "mirrored": metrics.accuracy(turned, test.labels),
-            **({"people": humans.cross_entropies(self.votes, logits)} if self.votes else {}),
+            **({"people": self._people(logits)} if self.votes else {}),
         }
+
+    def _people(self, logits: torch.Tensor) -> dict[str, Any]:
+        assert self.votes  # for mypy
+        return {"sha256": self.votes.sha256, **humans.cross_entropies(self.votes, logits)}
 
     def train_fold(self, name: str, key: Key) -> Result:
         """Train on all images but the fold's, and keep the probabilities of these."""

@@ -85,7 +85,7 @@ def made_up_votes(labels):
         likely[label] += random.uniform(0.2, 1.2 if label < 8 else 6)
         likely[random.choice([ALIKE[label], (label + 3) % 10], p=[0.8, 0.2])] += random.uniform(0, 0.6)
         tied = np.bincount([*[label] * 33, *[ALIKE[label]] * 33, 3], minlength=10)
-        counts.append(random.multinomial(67, likely / likely.sum()) if place % 50 else tied)
+        counts.append(random.multinomial(67, likely / likely.sum()) if place % 12 else tied)
     return np.array(counts)
 
 

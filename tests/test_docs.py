@@ -251,8 +251,10 @@ def test_the_findings_are_those_of_the_report(report):
 
 def test_the_robustness_is_that_of_the_report(report):
     for row in report["robustness"]:
-        values = (row["clean"], row["mirrored"], *row["mean"].values(), row["all"])
-        cells = " | ".join("not measured" if value is None else f"{value:.1%}" for value in values)
+        some = f" (of {row['mirrored_n']})" if row["mirrored_n"] != row["n"] else ""
+        mirrored = "not measured" if row["mirrored"] is None else f"{row['mirrored']:.1%}{some}"
+        means = [f"{value:.1%}" for value in (*row["mean"].values(), row["all"])]
+        cells = " | ".join([f"{row['clean']:.1%}", mirrored, *means])
         assert f"| {row['name']} | {row['n']} | {cells} |" in page("mistakes")
     noise = {row["name"]: row["mean"]["noise"] for row in report["robustness"] if row["name"] != "cnn, robust"}
     of_mlp, of_cnn = ([value for name, value in noise.items() if name.startswith(kind)] for kind in ("mlp", "cnn"))

@@ -90,7 +90,7 @@ def test_the_comparison_with_people_is_kept_for_those_without_the_votes(analysed
     folder, numbers, _ = analysed
     people, page = numbers["report"]["people"], page_data(folder / "report.html")
     assert page["people"] == people
-    assert np.array_equal(page["human"], np.loadtxt(folder / "votes.csv", delimiter=",", dtype=int))
+    assert np.array_equal(votes_in(page), np.loadtxt(folder / "votes.csv", delimiter=",", dtype=int))
     assert [row["n"] for row in people["trainings"]] == [5, 5]
     assert all(row["cross_entropy_scaled"]["n"] == 5 for row in people["trainings"])
     first = people["checkpoints"][0]
@@ -104,9 +104,10 @@ def test_the_comparison_with_people_is_kept_for_those_without_the_votes(analysed
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert f"their choice is its answer on {mistakes.in_words(first['mistakes']['model'])}" in finished.stdout
-    assert json.loads((tmp_path / "analysis.json").read_text())["report"]["people"] == people
+    kept = people | {"checkpoints": [first]}
+    assert json.loads((tmp_path / "analysis.json").read_text())["report"]["people"] == kept
     content = page_data(tmp_path / "report.html")
-    assert content["people"] == people
+    assert content["people"] == kept
     assert content["human"] is None
     assert (tmp_path / "people_sides.png").exists()
     said = f"{people['checkpoints'][0]['mistakes']['model']['share']:.1%}"
@@ -143,6 +144,25 @@ def test_consensus_is_what_five_trainings_answer_alike(analysed, sample):
             assert (len(answers) == 1) == (group == "consensus")
             checked += 1
     assert checked > 20
+
+
+def test_mirrored_images_and_votes_are_measured_of_every_training(analysed, sample):
+    folder, report = next((analysed[0] / "deep").iterdir()), analysed[1]["report"]
+    test, found = sample["test"], []
+    votes = humans.read_votes(analysed[0] / "votes.csv", test.labels.numpy())
+    for seed in range(5):
+        (own,) = (folder / "checkpoints").glob(f"mlp-published-{seed}-*")
+        model, _ = checkpoint.load(own / "best_mlp_fmnist.pt")
+        answers = engine.predict_logits(model, test._replace(images=test.images.flip(2))).argmax(1)
+        result = json.loads((folder / f"mlp-published-{seed}.json").read_text())
+        assert result["mirrored"] == (answers == test.labels).double().mean().item()
+        expected = humans.cross_entropies(votes, engine.predict_logits(model, test))
+        assert result["people"] == {"sha256": votes.sha256, **{key: pytest.approx(expected[key]) for key in expected}}
+        found.append(result)
+    (row,) = [row for row in report["robustness"] if row["name"] == "mlp, published"]
+    assert row["mirrored"] == pytest.approx(np.mean([each["mirrored"] for each in found]))
+    (row,) = [row for row in report["people"]["trainings"] if row["name"] == "mlp, published"]
+    assert row["cross_entropy"]["mean"] == pytest.approx(np.mean([each["people"]["cross_entropy"] for each in found]))
 
 
 def test_fold_probabilities_are_of_models_that_never_saw_the_image(analysed, sample):
@@ -209,12 +229,13 @@ def test_every_recipe_is_trained_with_five_seeds_or_three_of_the_resnet():
 
 def test_a_result_without_what_is_measured_today_is_made_again():
     votes = humans.Votes(np.ones((1, 10), int))
-    whole = {"key": {"model": "mlp"}, "mirrored": 0.5, "people": {}}
+    whole = {"key": {"model": "mlp"}, "mirrored": 0.5, "people": {"sha256": votes.sha256}}
     assert trainings._is_whole(whole, votes)
     for lacking in ("mirrored", "people"):
         result = {name: value for name, value in whole.items() if name != lacking}
         assert not trainings._is_whole(result, votes)
         assert trainings._is_whole(result, None) == (lacking == "people")
+    assert not trainings._is_whole(whole | {"people": {"sha256": "of other votes"}}, votes)
     assert trainings._is_whole({"key": {"fold": 0}}, votes)
     assert not trainings._is_whole(None, None)
 
@@ -330,12 +351,17 @@ def facts(content):
     return labels, predicted, probabilities
 
 
+def votes_in(content):
+    """The votes that the page holds, int (n, 10)."""
+    return np.reshape([ord(letter) - content["human_zero"] for letter in content["human"]], (-1, 10))
+
+
 def sides(content):
     """Whose class people choose on each image, where votes were given: one of humans.SIDES."""
     labels, predicted, _ = facts(content)
     if content["human"] is None:
         pytest.skip("the report is without people's votes")
-    votes = np.array(content["human"])
+    votes = votes_in(content)
     clear, choice = (votes == votes.max(1, keepdims=True)).sum(1) == 1, votes.argmax(1)
     return np.select([~clear, choice == labels, choice == predicted], ["tied", "label", "model"], "other")
 
@@ -351,12 +377,14 @@ def test_people_and_their_votes(page, report):
         assert sorted(indices(page)) == expected.tolist()
     page.locator("#grid button").first.click()
     i = page.evaluate("shown[open]")
-    votes = {name: content["human"][i][k] for k, name in enumerate(content["classes"])}
+    votes = {name: votes_in(content)[i][k] for k, name in enumerate(content["classes"])}
     rows = [row.split("\t") for row in page.locator("#human tr").all_inner_texts()]
     names = {row[0].removesuffix(" (label)").removesuffix(" (answer)"): int(row[-1]) for row in rows}
     assert names == {name: count for name, count in votes.items() if count}
     assert [int(row[-1]) for row in rows] == sorted((int(row[-1]) for row in rows), reverse=True)
     assert page.locator("#human caption").inner_text() == f"{sum(votes.values())} votes of people"
+    widths = page.locator("#human .meter span").evaluate_all("all => all.map(e => parseFloat(e.style.width))")
+    assert sum(widths) == pytest.approx(100, abs=0.1)
     page.locator("#close").click()
     assert f"{100 * own['mistakes']['model']['share']:.1f}%" in page.locator("#peopletold").inner_text()
     assert page.locator("#peopletrainings tbody tr").count() == len(content["people"]["trainings"])

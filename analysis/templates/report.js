@@ -16,9 +16,14 @@ const confidence = i => probability(i, answer(i));
 const wrong = i => answer(i) !== label(i);
 const groupOf = i => C.group_of[i] || "";
 const disagree = i => D.checkpoints.some(c => c.predicted[i] !== D.checkpoints[0].predicted[i]);
+/** How many people voted for each class. */
+function votesOf(i) {
+  return D.classes.map((_, k) => D.human.charCodeAt(i * K + k) - D.human_zero);
+}
+
 /** Whose class has the most votes of people. */
 function side(i) {
-  const votes = D.human[i], most = Math.max(...votes);
+  const votes = votesOf(i), most = Math.max(...votes);
   if (votes.filter(count => count === most).length > 1) return "tied";
   const choice = votes.indexOf(most);
   return choice === label(i) ? "label" : choice === answer(i) ? "model" : "other";
@@ -305,9 +310,9 @@ function answersTable(i, c) {
 }
 
 function peopleTable(i) {
-  const all = D.human[i].reduce((sum, count) => sum + count, 0);
+  const counts = votesOf(i), all = counts.reduce((sum, count) => sum + count, 0);
   const role = k => k === label(i) ? " (label)" : k === answer(i) ? " (answer)" : "";
-  const voted = D.classes.map((name, k) => [name + role(k), D.human[i][k] / all, String(D.human[i][k])]);
+  const voted = D.classes.map((name, k) => [name + role(k), counts[k] / all, String(counts[k])]);
   return bars(`${all} votes of people`, voted.filter(each => each[1]));
 }
 
@@ -430,7 +435,10 @@ const SIDES = {
 };
 
 function drawPeople() {
-  const own = D.people && D.people.checkpoints[D.checkpoints.indexOf(C)];
+  if (!D.people) return;
+  for (const place of ["peoplebars", "peoplelegend", "peoplechart"]) $(place).replaceChildren();
+  const own = D.people.checkpoints[D.checkpoints.indexOf(C)];
+  if (!own) $("peoplebars").textContent = "The votes on the mistakes of this checkpoint need --human-votes.";
   if (!own) return;
   const kinds = Object.keys(D.groups).filter(key => own.groups[key]).map(key => [key, own.groups[key]]);
   const rows = [["", own.mistakes], ...kinds].filter(([, each]) => each.n >= FEW);
@@ -464,7 +472,8 @@ function drawDisagreement({ tenths, spearman }) {
     yTick: v => v.toFixed(1), xTitle: "tenths of the images, least to most confident", yTitle: "bits of entropy",
   });
   line(c, tenths.map((each, at) => [at + 1.5, each.entropy]), { stroke: "var(--accent)" });
-  const title = `People disagree where the model is not confident (Spearman ${spearman.toFixed(2).replace("-", "\u2212")})`;
+  const rho = spearman === null ? "none" : spearman.toFixed(2).replace("-", "\u2212");
+  const title = `How far people disagree, by the confidence of the model (Spearman: ${rho})`;
   $("peoplechart").replaceChildren(make("h3", {}, title), c.svg);
 }
 
