@@ -49,7 +49,7 @@ COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop
 REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
 PEOPLE_TITLES = {  # of humans.compare's trainings
     "people_accuracy": "answers that are people's choice",
-    "cross_entropy_scaled": "cross-entropy to the votes, nats (less is nearer)",
+    "cross_entropy_scaled": "cross-entropy to the votes, nats, best temperature",
 }
 FEW = 10  # mistakes of a kind that are too few for a bar
 PEOPLE_SIDES = {  # of humans.SIDES, in words

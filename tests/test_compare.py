@@ -333,7 +333,7 @@ def test_the_results_page_has_the_table_of_the_runs(capsys):
     rows = compare.collect(compare.RUNS)
     assert capsys.readouterr().err == ""
     assert compare.markdown(rows) in RESULTS
-    assert len(rows) == 12
+    assert len(rows) == 13
     for row, line in zip(rows, compare.brief(rows).splitlines()[2:], strict=True):
         assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epochs")
         assert line.count("|") == 6
