@@ -267,6 +267,10 @@ def test_the_robustness_is_that_of_the_report(report):
     (row,) = [row for row in report["robustness"] if row["name"] == "resnet, robust"]
     cells = " | ".join(f"{value:.1%}" for value in (row["clean"], row["mirrored"], *row["mean"].values(), row["all"]))
     assert f"| resnet | {cells} |" in page("results")
+    assert f"The ResNet of `robust` has {row['all']:.1%} and {row['clean']:.1%}." in page("mistakes")
+    (plain,) = [row for row in report["robustness"] if row["name"] == "cnn, published"]
+    both = f"right on {robust['clean']:.1%} of the plain images, where the published recipe has {plain['clean']:.1%}"
+    assert both in page("mistakes")
     contrast = {row["name"]: row["mean"]["contrast"] for row in report["robustness"]}
     assert f"a mean of {contrast['cnn, best']:.1%} under lower contrast" in page("mistakes")
     assert f"The published recipe keeps {contrast['cnn, published']:.1%}" in page("mistakes")
