@@ -12,6 +12,7 @@ GPL-3.0). It is not part of this repository.
 import csv
 import hashlib
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +120,10 @@ PEOPLE: dict[Any, Any] = {
 
 
 def read_votes(path: Path, labels: np.ndarray) -> Votes:
-    """Read the votes on images with these labels, int (n,). Raises UserError for the first fault."""
+    """Read the votes on images with these labels, int (n,). Raises UserError for the first fault.
+
+    A line on stderr says so where they are not those that were published.
+    """
     content = read_bytes(path, LARGEST)
     try:
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
@@ -135,7 +139,9 @@ def read_votes(path: Path, labels: np.ndarray) -> Votes:
     counts = np.array([_counts(path, line, row) for line, row in enumerate(rows, 1)])
     if wrong := _odd_sum(counts.sum(1)) or _wrong_order(counts, labels):
         raise UserError(f"{cli.shown(path)}: {wrong}")
-    return Votes(counts, hashlib.sha256(content).hexdigest())
+    if (sha256 := hashlib.sha256(content).hexdigest()) != PUBLISHED:
+        print(f"{cli.shown(path)} is not the published fmh_counts.csv: its SHA-256 is {sha256}", file=sys.stderr)
+    return Votes(counts, sha256)
 
 
 def _counts(path: Path, line: int, row: Sequence[str]) -> list[int]:

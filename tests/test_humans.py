@@ -36,9 +36,10 @@ def write(path, counts):
     return path
 
 
-def test_votes_are_read_as_they_are(file, labels):
+def test_votes_are_read_as_they_are(file, labels, capsys):
     path, counts = file
     votes = humans.read_votes(path, labels)
+    assert f"is not the published fmh_counts.csv: its SHA-256 is {votes.sha256}" in capsys.readouterr().err
     assert np.array_equal(votes.counts, counts)
     text = path.read_bytes()
     assert votes.sha256 == hashlib.sha256(text).hexdigest()
@@ -203,7 +204,9 @@ def test_the_shipped_numbers_are_those_of_the_votes():
     shipped = json.loads((ROOT / "docs" / "figures" / "analysis.json").read_text())["report"]["people"]
     (test,) = data.load("test")
     labels, counts = test.labels.numpy(), np.loadtxt(REAL, delimiter=",", dtype=int)
-    assert np.array_equal(humans.read_votes(REAL, labels).counts, counts)
+    votes = humans.read_votes(REAL, labels)
+    assert votes.sha256 == shipped["sha256"] == humans.PUBLISHED
+    assert np.array_equal(votes.counts, counts)
     assert shipped["votes"] == counts.sum() == 667_020
     top = np.sort(counts, 1)[:, -2:]
     clear = top[:, 1] > top[:, 0]
