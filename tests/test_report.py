@@ -411,9 +411,9 @@ def test_every_filter_and_order(page, report):
     suspect = np.isin(np.arange(content["n"]), [int(i) for i in content["suspects"]])
     bits = np.array(content["ambiguity"]) / 100
     group = np.array([content["checkpoints"][0]["group_of"].get(str(i), "") for i in range(content["n"])])
-    people = sides(content)
+    people = sides(content) if content["human"] else None
     cases = [
-        *[("f-people", side, wrong & (people == side)) for side in humans.SIDES],
+        *[("f-people", side, wrong & (people == side)) for side in humans.SIDES if content["human"]],
         ("f-what", "right", ~wrong), ("f-true", "6", wrong & (labels == 6)),
         ("f-predicted", "0", wrong & (predicted == 0)),
         *[("f-group", name, group == name) for name in composition.GROUPS],
