@@ -140,6 +140,11 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> list[flo
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
 
+def entropy(shares: np.ndarray, axis: int) -> np.ndarray:
+    """Compute the entropy, in bits, of shares that add up to 1 along an axis: float64, without that axis."""
+    return np.asarray(-(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis))
+
+
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
     """Compare two models on the same images by McNemar's exact test (McNemar 1947, doi:10.1007/BF02295996).
 

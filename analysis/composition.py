@@ -314,7 +314,7 @@ def group_of(each: Measured, evidence: Evidence) -> np.ndarray:
 def ambiguity(votes: np.ndarray, classes: int = 10) -> np.ndarray:
     """Compute the entropy, in bits, of the answers to each image: float64 (n,). votes: int (trainings, n)."""
     shares = np.stack([(votes == k).mean(0) for k in range(classes)])
-    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(0)
+    return metrics.entropy(shares, 0)
 
 
 def as_digits(line: str) -> np.ndarray:

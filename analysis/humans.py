@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import metrics
 from metrics import share
-from runtime import cli
+from runtime import cli, tables
 from runtime.errors import UserError
 from runtime.files import read_bytes
 from runtime.schema import Number, Text
@@ -61,7 +61,7 @@ class Votes:
     @cached_property
     def entropy(self) -> np.ndarray:
         """The entropy of an image's votes in bits: float64 (n,)."""
-        return -(self.shares * np.log2(np.where(self.shares > 0, self.shares, 1))).sum(1)
+        return metrics.entropy(self.shares, 1)
 
 
 # --- what compare returns, as kinds of runtime/schema.py --------------------------------------------------
@@ -81,7 +81,9 @@ PEOPLE: dict[Any, Any] = {
     "n": Number(1),
     "sha256": Text(64),
     "trainings_sha256": Text(64),
-    **{"votes": Number(1), "entropy": Number(0), "tied": Number(0)},
+    "votes": Number(1),
+    "entropy": Number(0),
+    "tied": Number(0),
     "label_chosen": COUNTED,
     "by_class": {str: COUNTED},
     "checkpoints": [
@@ -108,7 +110,8 @@ PEOPLE: dict[Any, Any] = {
     "suspects": ({"outvoted": COUNTED, "others_outvoted": COUNTED, "expected": PART}, None),
     "ambiguity": (
         {
-            **{"trainings": Number(1), **RELATED},
+            "trainings": Number(1),
+            **RELATED,
             "where_they_differ": {"n": Number(0), **dict.fromkeys(("ambiguity", "confidence"), (Number(-1, 1), None))},
         },
         None,
@@ -125,11 +128,9 @@ def read_votes(path: Path, labels: np.ndarray) -> Votes:
     A line on stderr says so where they are not those that were published.
     """
     content = read_bytes(path, LARGEST)
+    text = io.StringIO(tables.decode(cli.shown(path), content), newline="")
     try:
-        text = io.StringIO(content.decode("utf-8-sig"), newline="")
         rows = [row for row in csv.reader(text, strict=True) if row]
-    except UnicodeDecodeError:
-        raise UserError(f"{cli.shown(path)}: not a text in UTF-8, so no CSV file of votes") from None
     except csv.Error as error:
         raise UserError(f"{cli.shown(path)}: no CSV file of votes: {error}") from None
     if len(rows) != len(labels):
@@ -379,7 +380,9 @@ def _against(entropy: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     rho, n = _spearman(entropy, values), len(values)
     tenths = np.array_split(np.argsort(values, kind="stable"), 10)
     return {
-        **{"n": n, "spearman": rho, "ci95": None if rho is None else _interval(rho, n)},
+        "n": n,
+        "spearman": rho,
+        "ci95": None if rho is None else _interval(rho, n),
         "tenths": [
             {"value": float(values[part].mean()), "entropy": float(entropy_of_ties[part].mean())} for part in tenths
         ],

@@ -122,9 +122,10 @@ class Results:
 
         trainings: humans.digest of the trainings that are there; where others were, the result is stale.
         """
-        result = self.read(f"people-{digest[:8]}", digest)
+        name = f"people-{digest[:8]}"
+        result = self.read(name, digest)
         if result and result["people"]["trainings_sha256"] != trainings:
-            self.stale.add(self._path(f"people-{digest[:8]}").name)
+            self.stale.add(self._path(name).name)
             return None
         return result["people"] if result else None
 

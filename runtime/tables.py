@@ -22,7 +22,7 @@ def rows(path: Path, content: bytes, check: Callable[[list[str]], None]) -> Iter
     row, and may refuse them. Raises UserError, as soon as it gets there, for what is no CSV file in UTF-8.
     """
     name, line = cli.shown(path), 0
-    table = csv.reader(io.StringIO(_decode(name, content), newline=""), strict=True)
+    table = csv.reader(io.StringIO(decode(name, content), newline=""), strict=True)
     try:
         header = [title.strip() for title in next(table, [])]
         line = table.line_num
@@ -39,7 +39,8 @@ def rows(path: Path, content: bytes, check: Callable[[list[str]], None]) -> Iter
         raise UserError(f"{name}, line {line + 1}: no CSV file: {error}") from None
 
 
-def _decode(name: str, content: bytes) -> str:
+def decode(name: str, content: bytes) -> str:
+    """Decode the bytes of a file in UTF-8, with or without a byte order mark. Raises UserError, which names it."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

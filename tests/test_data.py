@@ -23,6 +23,7 @@ from torchvision import transforms
 
 import data
 import recipes
+from analysis.strength import scaled
 from dataset import fetch, published, sources
 from runtime.errors import UserError
 
@@ -647,3 +648,7 @@ def test_every_place_in_a_run_has_a_seed_of_its_own_whatever_is_asked_for():
         2918264622725855778,
         4405800739349447345,
     ]  # for good: published results depend on them
+
+
+def test_the_gentler_augmentation_is_the_robust_one_of_half_as_many_images():
+    assert scaled(recipes.ROBUST, 0.5) == recipes.GENTLER

@@ -117,12 +117,16 @@ def test_motion_blur_smears_a_dot_along_a_direction_of_up_to_45_degrees():
     assert torch.equal(fashion_c.corrupt(grey, "motion blur"), grey)  # nothing dark comes in
 
 
-def test_shear_slants_to_either_side_about_the_centre():
+def middle_of_lines(name):
+    """Where each row of 100 images of an upright line has its middle after a change, float (100, 28)."""
     lines = torch.zeros(100, 28, 28, dtype=torch.uint8)
     lines[:, :, 13:15] = 255
-    slanted = fashion_c.corrupt(lines, "shear").float()
-    place = torch.arange(28.0)
-    middle = (slanted * place).sum(2) / slanted.sum(2)
+    changed = fashion_c.corrupt(lines, name).float()
+    return (changed * torch.arange(28.0)).sum(2) / changed.sum(2)
+
+
+def test_shear_slants_to_either_side_about_the_centre():
+    middle = middle_of_lines("shear")
     slopes = (middle[:, 23] - middle[:, 4]) / 19
     assert set(slopes.mul(100).round().abs().tolist()) == {39}  # the sine of 0.4
     assert 30 < (slopes > 0).sum() < 70
@@ -140,11 +144,7 @@ def test_scale_shrinks_the_covered_area_to_049(images):
 
 
 def test_rotate_turns_by_23_degrees_to_either_side():
-    lines = torch.zeros(100, 28, 28, dtype=torch.uint8)
-    lines[:, :, 13:15] = 255
-    turned = fashion_c.corrupt(lines, "rotate").float()
-    place = torch.arange(28.0)
-    middle = (turned * place).sum(2) / turned.sum(2)
+    middle = middle_of_lines("rotate")
     slopes = (middle[:, 20] - middle[:, 7]) / 13
     assert set(slopes.mul(100).round().abs().tolist()) == {42}  # the tangent of 0.4
     assert 30 < (slopes > 0).sum() < 70
