@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--ensemble needs two checkpoints or more")
     target = device.pick_device(args.device)
     loaded = evaluation.load(args.checkpoints, checkpoint.Bare(args.model, args.mean, args.std))
-    split, listed, files_read = choose_images(args, loaded)
+    split, listed, files_read = evaluation.choose_images(args, loaded)
     for each in loaded:
         checkpoint.check_classes(each.path, each.info, split)
     answers = evaluation.answer(loaded, split.to(target), args.tta, args.ensemble)
@@ -90,20 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.write_json(args.json, content)
         print(f"\nwritten to {cli.shown(args.json)}")
     return 0
-
-
-def choose_images(args: Any, loaded: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the split to measure on, which of its images a list excludes, and for the JSON the files of --images."""
-    import data
-    from analysis import evaluation, excluded
-
-    if args.images:
-        split, files_read = evaluation.given(args.images, args.labels, loaded)
-        return split, None, files_read
-    name = args.split or "test"
-    names = [name, excluded.WHOLE[name]] if args.exclude else [name]
-    split, *whole = data.load(*names, data_dir=args.data_dir, other_data=args.other_data)
-    return split, excluded.read(args.exclude, split, *whole) if args.exclude else None, {}
 
 
 def print_one(result: dict[str, Any]) -> None:

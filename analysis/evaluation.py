@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import data
 import engine
 import metrics
 import recipes
@@ -35,6 +36,22 @@ class Loaded(NamedTuple):
 def load(paths: Sequence[Path], bare: checkpoint.Bare) -> list[Loaded]:
     """Load checkpoints, for measuring. Raises CheckpointError."""
     return [Loaded(path, *each) for path, each in zip(paths, checkpoint.load_all(paths, bare), strict=True)]
+
+
+def choose_images(
+    args: Any, loaded: Sequence[Loaded]
+) -> tuple[Split, excluded.Listed | None, dict[str, Any]]:  # fmt: skip
+    """Return the split to measure on, which of its images a list excludes, and for the JSON the files of --images.
+
+    args: the flags of evaluate.py. Raises UserError where a file does not fit.
+    """
+    if args.images:
+        split, files_read = given(args.images, args.labels, loaded)
+        return split, None, files_read
+    name = args.split or "test"
+    names = [name, excluded.WHOLE[name]] if args.exclude else [name]
+    split, *whole = data.load(*names, data_dir=args.data_dir, other_data=args.other_data)
+    return split, excluded.read(args.exclude, split, *whole) if args.exclude else None, {}
 
 
 def given(images: Path, labels: Path, loaded: Sequence[Loaded]) -> tuple[Split, dict[str, Any]]:
