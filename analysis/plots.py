@@ -538,13 +538,16 @@ def _correlation(rho: float | None) -> str:
 def people_trainings(rows: Rows) -> Figure:
     """Draw for kinds of trainings how near they are to the labels, and how near to people's votes.
 
-    rows: the trainings of humans.compare; the right panel has those whose cross-entropy was measured.
+    rows: the trainings of humans.compare; the right panel has those whose cross-entropy was measured. The lines are the
+    95% intervals of the means.
     """
     titles = {key: title for key, title in PEOPLE_TITLES.items() if any(key in row for row in rows)}
     figure = _figure(4.4)
     panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True)) if titles else {}
     points = {key: [(row["label_accuracy"]["mean"], row[key]["mean"]) for row in rows if key in row] for key in titles}
     for key, axes in panels.items():
+        for row in (row for row in rows if row.get(key, {}).get("ci95")):
+            axes.plot([row["label_accuracy"]["mean"]] * 2, row[key]["ci95"], color=BLUE, alpha=0.35, linewidth=1.5)
         axes.plot(*zip(*points[key], strict=True), "o", color=BLUE)
         axes.set_title(titles[key], size=10)
         axes.set_xlabel("answers that are the label")

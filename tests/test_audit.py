@@ -139,6 +139,9 @@ def test_the_readme_documents_every_column_and_the_codes_values(both):
     assert recipe in text or folder != SHIPPED  # the sample's are shorter
     for name in audit.COLUMNS:
         assert f"| [{name}]({name}) | {len(rows(folder, name))} |" in text
+    groups = [row["group"] for row in rows(folder, "consensus.csv")]
+    for name in ("label", "duplicate", "consensus"):
+        assert f"| {name} | {groups.count(name)} |" in text
     assert ("Zalando" in text) == (folder == SHIPPED)
     assert "MIT" in text
     assert str(ROOT) not in text
