@@ -156,11 +156,22 @@ def caution(info: dict[str, Any], split: Split) -> tuple[str, str] | None:
     if (trained_on := published.named(info["data"], info.get("data_sha256"))) != split.source:
         return "other data", f"trained on {trained_on}, measured on {split.source}"
     flags = upgrade(info["flags"])
+    if flags["fold"]:
+        return _fold_caution(flags, split)
     if split.name == "train" or (split.name == "val" and flags["select"] in ("test", "last")):
         return "trained", "trained on these very images"
     if any(teacher["select"] == split.name for teacher in flags["teachers"]):
         return "teacher", "a teacher's best epoch was chosen on these very images, which flatters it"
     if split.name == flags["select"]:
+        return "chosen", "its best epoch was chosen on these very images, which flatters it"
+    return None
+
+
+def _fold_caution(flags: dict[str, Any], split: Split) -> tuple[str, str] | None:
+    """Say what keeps a split from being new to a checkpoint of a fold run, which never saw the test set."""
+    if split.name == "train" or (split.name == "val" and flags["fold"] != "val"):
+        return "trained", f"trained on a part of these images: fold {flags['fold']}"
+    if split.name == "val" and flags["select"] == "test":
         return "chosen", "its best epoch was chosen on these very images, which flatters it"
     return None
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from dataset.sources import CLASSES, PUBLISHED, DataError, find, write
-from recipes import SHARE, Recipe
+from recipes import SHARE, Recipe, fold_of
 from runtime.errors import UserError
 from runtime.schema import Number, problem
 
@@ -45,7 +45,7 @@ VALIDATION_SHARE = 12  # one training image in twelve of each class: 5,000 of 60
 class Split(NamedTuple):
     """Images and labels of one split, in the order of the files."""
 
-    name: str  # "train", "val", "train+val" or "test"
+    name: str  # "train", "val", "train+val", "test", or "held-out" in a fold run
     images: torch.Tensor  # uint8 (n, 28, 28), 0 is the black background
     labels: torch.Tensor  # int64 (n,), 0 to 9
     source: str  # "Fashion-MNIST", or the name of the folder of another set
@@ -91,19 +91,58 @@ def held_out(train: Split) -> Split:
     return train._replace(name="val", images=train.images[index], labels=train.labels[index])
 
 
-def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
+def split_indices(labels: np.ndarray, of: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Compute the stratified indices of the "train" and "val" images, the same for every run and machine.
 
     labels: uint8 (n,). Returns sorted int64 arrays. RandomState draws one image in twelve of each class; numpy froze
-    its stream for good (NEP 19).
+    its stream for good (NEP 19). of: labels of more images, whose twelfth is drawn from these; so all folds of them
+    have as many validation images as the whole.
     """
-    random = np.random.RandomState(SPLIT_SEED)
-    held_out = []
-    for label in range(len(CLASSES)):
-        members = random.permutation(np.flatnonzero(labels == label))
-        held_out.append(members[: len(members) // VALIDATION_SHARE])
-    val = np.sort(np.concatenate(held_out))
+    counts = np.bincount(labels if of is None else of, minlength=len(CLASSES)) // VALIDATION_SHARE
+    val = np.sort(np.concatenate([members[:n] for members, n in zip(_shuffled(labels), counts, strict=True)]))
     return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
+
+
+def _shuffled(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the indices of each class's images in a random order, the same for every run and machine."""
+    random = np.random.RandomState(SPLIT_SEED)
+    return [random.permutation(np.flatnonzero(labels == label)) for label in range(len(CLASSES))]
+
+
+def fold_indices(labels: np.ndarray, fold: str) -> np.ndarray:
+    """Compute the indices, sorted int64, of the images that a fold holds out of all training images.
+
+    labels: (n,). fold: as recipes.fold_of reads it. The images of each class are dealt to the N folds in turns, so that
+    any two folds differ by one image at most, in all and of each class. Every image is in one fold.
+    Raises UserError where the name is none of a fold, or where a class is too small.
+    """
+    if not (place := fold_of(fold)):
+        return split_indices(labels)["val"]
+    number, count = place
+    order = _shuffled(labels)
+    if (fewest := min(map(len, order))) < count:
+        raise DataError(
+            f"--fold {fold}: a class has {fewest:,} training images, so there can be {fewest:,} folds at most"
+        )
+    return np.sort(np.concatenate(order)[number - 1 :: count])
+
+
+def hold_out(whole: Split, fold: str, select: str) -> tuple[list[Split], np.ndarray]:
+    """Cut the images of "train+val" into the splits of a fold run: training, validation if that selects, held-out.
+
+    select: of the recipe. Returns the splits and the indices of the held-out images. Raises UserError of fold_indices.
+    """
+    labels = whole.labels.numpy()
+    held = fold_indices(labels, fold)
+    rest = np.setdiff1d(np.arange(len(labels)), held)
+    cuts = {"train": rest, "held-out": held}
+    if select == "val":
+        inner = split_indices(labels[rest], of=labels)
+        cuts = {"train": rest[inner["train"]], "val": rest[inner["val"]], "held-out": held}
+    if empty := [name for name, index in cuts.items() if not len(index)]:
+        raise DataError(f"--fold {fold}: no class has enough training images for any {empty[0]} images")
+    splits = [whole._replace(name=name, images=whole.images[i], labels=whole.labels[i]) for name, i in cuts.items()]
+    return splits, held
 
 
 def fingerprint(*splits: Split) -> str:
@@ -207,7 +246,7 @@ def augmentation(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 @augmentation
-def flip(images: torch.Tensor, draw: Draws, share: Share) -> torch.Tensor:
+def flip(images: torch.Tensor, draw: Draws, share: Share = 0.5) -> torch.Tensor:
     """Mirror this share of the images left to right."""
     chosen = draw.uniform().view(-1, 1, 1) < share
     return torch.where(chosen, images.flip(2), images)

@@ -117,6 +117,7 @@ FALLBACK = "cnn"  # a model without its own row is trained by the row of this on
 class Selection(NamedTuple):
     """What chooses the epoch that is kept, in words."""
 
+    name: str  # of the figures that it makes, in a table of epochs
     images: str  # the split that chooses, "" where nothing does
     chosen: str  # on what, for a table
     rule: str  # for the first line of a run; {epochs} and {n} are to be filled in
@@ -125,6 +126,7 @@ class Selection(NamedTuple):
 
 SELECTIONS = {
     "val": Selection(
+        "val",
         "validation",
         "5,000 validation images",
         "best of {epochs} epochs, chosen on {n:,} validation images",
@@ -132,17 +134,26 @@ SELECTIONS = {
     ),
     "test": Selection(
         "test",
+        "test",
         "the test set, as published",
         "best of {epochs} epochs, chosen on {n:,} test images as published: an optimistic protocol",
         "the best epoch was chosen on these very images",
     ),
     "last": Selection(
         "",
+        "",
         "nothing: the last",
         "the last of {epochs} epochs is kept",
         "measured once, after training",
     ),
 }
+HELD_OUT = Selection(  # "test" in a fold run, whose held-out images take the place of the test set
+    "held-out",
+    "held-out",
+    "the held-out images",
+    "best of {epochs} epochs, chosen on the {n:,} held-out images: an optimistic protocol",
+    "the best epoch was chosen on these very images",
+)
 
 SHARE = Number(0, 1)
 SETTING = (bool, Number(-1000, 1000), Text())  # of an augmentation
@@ -168,6 +179,7 @@ FLAGS: dict[str, Any] = {  # what a run records of how it was trained: kinds of 
     **(Recipe.__annotations__ | RANGES),
     "deterministic": bool,
     "teachers": [(TEACHER | NORMALISED, TEACHER)],  # the latter of earlier versions
+    "fold": (Text(20), None),  # the training images held out: "2/5", the second fold of five, or "val"; see fold_of
 }
 
 
@@ -196,13 +208,38 @@ def find(name: str, model: str) -> Recipe:
     return rows.get(model) or rows[FALLBACK]
 
 
+def fold_of(name: str) -> tuple[int, int] | None:
+    """Read the name of a fold: (2, 5) of "2/5", the second of five; None of "val", the validation images.
+
+    Raises UserError for any other text.
+    """
+    if name == "val":
+        return None
+    words = name.split("/")
+    if len(words) == 2 and all(word.isascii() and word.isdigit() and len(word) < 8 for word in words):
+        number, count = map(int, words)
+        if 1 <= number <= count and count > 1:
+            return number, count
+    raise UserError(f"--fold {name[:40]!r}: write K/N, fold K of N, such as 1/5 to 5/5, or val")
+
+
+def selection(flags: dict[str, Any]) -> Selection:
+    """Return what chose the epoch of a run, in words. flags: of upgrade."""
+    return HELD_OUT if flags["fold"] and flags["select"] == "test" else SELECTIONS[flags["select"]]
+
+
+def measured_on(flags: dict[str, Any]) -> str:
+    """Name the images that a run was measured on: "test", or "held-out" for a fold. flags: of upgrade."""
+    return "held-out" if flags["fold"] else "test"
+
+
 def upgrade(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags of a run, as any earlier version recorded them, in today's form.
 
     What was not recorded yet had the value that is the default today. Augmentations had keys of their own.
     """
-    usual: dict[str, Any] = {"recipe": "published", "deterministic": False, "teachers": [], **Recipe._field_defaults}
-    flags = usual | flags
+    usual: dict[str, Any] = {"recipe": "published", "deterministic": False, "teachers": [], "fold": None}
+    flags = Recipe._field_defaults | usual | flags
     flags["teachers"] = [{"mean": 0.5, "std": 0.5} | teacher for teacher in flags["teachers"]]
     flip, shift, still, erase = (flags.pop(key, 0) for key in ("flip", "shift", "still", "erase"))
     old = {"flip": 0.5 * bool(flip), "shift": [shift, still] if still else shift, "erase": erase}

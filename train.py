@@ -5,6 +5,8 @@ python train.py --model cnn --select test   # the published protocol: all 60,000
 python train.py --model cnn --recipe best   # the same network, trained longer; recipes.py has the values
 python train.py --model resnet              # a deeper network: half an hour, or hours without bfloat16
 python train.py --model cnn --recipe distilled --teacher T.pt   # learn from another network's answers too
+python train.py --model cnn --set muon_lr=0.05 optimizer=muon shift=2   # other values of the recipe
+python train.py --model cnn --fold 2/5      # hold out the second fifth of the training images; no test set
 python train.py --model cnn --resume        # continue a run that was cut off, to the same bits
 torchrun --nproc-per-node=2 --max-restarts=3 train.py --model cnn   # in two processes, resumed when one fails
 """
@@ -31,6 +33,13 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
         help="what chooses the epoch that is kept: 5,000 held-out training images (val, the default of published and "
         "robust), the test set itself, as published (test), or nothing: it trains on all 60,000 images and keeps the "
         "last epoch (last, the default of the other recipes)",
+    )
+    parser.add_argument(
+        "--fold",
+        metavar="K/N",
+        help="hold out the Kth of N parts of the training images, and measure on them: the test set is not used. "
+        "1/5 to 5/5 are five stratified folds, the same every time; val is the 5,000 validation images. --select test "
+        "means the held-out images then",
     )
     parser.add_argument("--deterministic", action="store_true", help="refuse GPU operations that vary from run to run")
     add_record(parser)
@@ -67,6 +76,16 @@ def add_recipe(parser: cli.Parser) -> None:
         "--batch-size",
         type=cli.whole_number(1, 60_000),
         help="images a step, in all processes together (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="other values of the recipe: any field of Recipe in recipes.py, or an augmentation of data.py: "
+        "muon_lr=0.05, label_smoothing=0.1, shift=2, shift=[1,0.3], flip=false",
     )
     parser.add_argument(
         "--precision",
@@ -110,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.check_folder(flags["tensorboard"])
     with cli.loading():  # only now: PyTorch takes seconds, and --help or a mistyped flag should not wait for it
         import data
-        from training import run
+        from training import run, settings
 
     data.check_augmentations(recipes.RECIPES)
+    flags["settings"] = settings.parse(flags["settings"])
     return run.run(run.Request(**flags))
 
 

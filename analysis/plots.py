@@ -226,7 +226,7 @@ def training_curves(history: Mapping[str, Any]) -> Figure:
     flags = recipes.upgrade(history["flags"])
     trained, selected = _training_loss(flags), "cross-entropy"
     measured = any("select_loss" in row for row in history["epochs"])
-    images = recipes.SELECTIONS[flags["select"]].images
+    images = recipes.selection(flags).images
     figure = _figure(4.4)
     left, right = figure.subplots(1, 2)
     training = "training, mean over the epoch"

@@ -4,7 +4,6 @@ rows = runs.collect([Path("runs")])    # plain values, fit for JSON
 """
 
 import functools
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from analysis import alike
 from dataset import published
 from runtime import cli
 from runtime.errors import UserError
+from training.command import changed, command
 from training.record import read_history
 
 HISTORIES = "best_*_fmnist.json"
-FLAGS = ("select", "epochs", "batch_size")  # of train.py; --lr and --precision need more care
 
 
 class Run(NamedTuple):
@@ -71,7 +70,7 @@ def _differences(rows: Sequence[Sequence[Run]]) -> list[str]:
         kinds.setdefault((run.model, run.flags["recipe"], run.flags["select"]), []).append(number)
     for numbers in kinds.values():
         firsts = [rows[number][0] for number in numbers]
-        shown = {"epochs", "data", *(key for run in firsts for key in changed(run.model, run.flags))}
+        shown = {"epochs", "data", *(key for run in firsts for key in changed(run.flags))}
         for number, differs in zip(numbers, alike.differences([run.facts for run in firsts], shown), strict=True):
             names[number] = differs
     return names
@@ -155,7 +154,7 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
 
     Seconds are the median of the runs with the most cores, since runs that were trained side by side had fewer each.
     Several runs have "sd" and "ci95", the interval of the mean. "published" is the published accuracy, where the row
-    repeats the published protocol; "changed" holds values of the recipe that are no longer those of recipes.py.
+    repeats the published protocol; "changed" holds values that the code no longer has.
     """
     model, flags, data = runs[0].model, runs[0].flags, runs[0].data
     accuracies = [run.accuracy for run in runs]
@@ -177,7 +176,7 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
         "parameters": models.count_parameters(network),
         "mflop": models.count_flop(network) / 1e6,
         "command": command(model, flags),
-        "changed": changed(model, flags),
+        "changed": changed(flags),
     }
     row |= {"differs": differs} if differs else {}
     return row | ({"sd": stdev(accuracies), "ci95": metrics.mean_interval(accuracies)} if len(runs) > 1 else {})
@@ -189,45 +188,6 @@ def _is_published(model: str, flags: dict[str, Any], data: str) -> bool:
         return False
     protocol = recipes.find("published", model)._replace(select="test")
     return flags == recipes.upgrade(protocol._asdict())
-
-
-def command(model: str, flags: dict[str, Any]) -> str:
-    """Return the flags of train.py that repeat a run, but for the seed and the data."""
-    usual = recipes.find(flags["recipe"], model)._asdict()
-    words = ["--model", model]
-    words += ["--recipe", flags["recipe"]] if flags["recipe"] != _default(model) else []
-    for key in (*FLAGS, _rate(flags)):
-        flag = "--lr" if key == _rate(flags) else "--" + key.replace("_", "-")
-        words += [flag, str(flags[key])] if flags[key] != usual[key] else []
-    words += ["--precision", flags["precision"]] if flags["precision"] != _precision(usual["precision"]) else []
-    words += ["--deterministic"] if flags["deterministic"] else []
-    teachers = [shlex.quote(teacher["checkpoint"]) for teacher in flags["teachers"]]
-    return " ".join([*words, *(["--teacher", *teachers] if teachers else [])])
-
-
-def _rate(flags: dict[str, Any]) -> str:
-    """Name the value that --lr sets."""
-    return "muon_lr" if flags["optimizer"] == "muon" else "lr"
-
-
-def _default(model: str) -> str | None:
-    try:
-        return recipes.default(model)
-    except UserError:  # the model has several recipes, so that one must be named
-        return None
-
-
-def _precision(name: str) -> str:
-    """Return what a recipe's precision is on the processors of the shipped runs, as histories record it."""
-    return "bfloat16" if name == "auto" else name
-
-
-def changed(model: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a run's recipe that differ from recipes.py and that no flag of train.py sets."""
-    usual = recipes.find(flags["recipe"], model)._asdict()
-    return {
-        key: flags[key] for key in usual if flags[key] != usual[key] and key not in (*FLAGS, _rate(flags), "precision")
-    }
 
 
 def _notice(text: str) -> None:

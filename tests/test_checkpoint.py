@@ -348,7 +348,7 @@ def test_what_keeps_images_from_being_new_is_said(flags, split, kind, sample):
 
 
 def test_flags_of_earlier_versions_are_read_as_todays():
-    rest = {"deterministic": False, "teachers": []}
+    rest = {"deterministic": False, "teachers": [], "fold": None}
     today = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), **rest}
     old = {key: value for key, value in today.items() if key not in ("augment", "loss")}
     old |= {"flip": True, "shift": 1, "still": 0.3, "erase": 0}

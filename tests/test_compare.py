@@ -107,7 +107,9 @@ def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
         ({"deterministic": True}, {}, "--deterministic"),
         ({"select": "last"}, {}, "--select last"),
         ({"epochs": 4}, {}, "| published, 4 epochs, on sample |"),
-        ({"weight_decay": 0.1}, {}, "| published, 3 epochs, weight_decay 0.1, on sample |"),
+        ({"weight_decay": 0.1}, {}, "--set weight_decay=0.1"),
+        ({"fold": "2/5"}, {}, "--fold 2/5"),
+        ({"gone": 0.1}, {}, "none: recipes.py has changed"),
         ({}, {"data": "others"}, ", on others |"),
         ({}, {"train_images": 900}, ", training images 900 |"),
         ({}, {"classes": list("abcdefghij")}, ", classes a/b/c/d/e/f/g/h/i/j |"),
@@ -205,8 +207,13 @@ def test_a_command_repeats_its_row():
     assert comparison.command("mlp", taught) == told
     faster = flags_of("fast", "mlp", muon_lr=0.2, precision="bfloat16")  # --lr sets Muon's rate where there is one
     assert comparison.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision bfloat16"
-    assert comparison.changed("mlp", faster) == {}
-    assert comparison.changed("mlp", flags_of("fast", "mlp", lr=0.3)) == {"lr": 0.3}
+    other = flags_of("best", "mlp", lr=0.3, augment={"flip": 0.5, "shift": [1, 0.3]}, fold="2/5")
+    assert comparison.command("mlp", other) == (
+        "--model mlp --recipe best --set lr=0.3 'shift=[1,0.3]' erase=false --fold 2/5"
+    )
+    for flags in (faster, other):
+        assert comparison.changed(flags) == {}
+    assert comparison.changed(flags_of("best", "mlp", augment={"gone": 1}, loss="gone")) == {"gone": 1, "loss": "gone"}
 
 
 def test_without_a_run_it_says_so(runs, tmp_path):

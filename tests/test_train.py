@@ -63,7 +63,13 @@ def test_what_a_run_says_and_leaves(trained, sample, model):
     assert info["epoch"] == history["best_epoch"]
     assert info["classes"] == history["classes"] == list(data.CLASSES)
     recipe = recipes.find("published", model)._replace(epochs=3, batch_size=32)
-    assert info["flags"] == {"recipe": "published", **recipe._asdict(), "deterministic": False, "teachers": []}
+    assert info["flags"] == {
+        "recipe": "published",
+        **recipe._asdict(),
+        "deterministic": False,
+        "teachers": [],
+        "fold": None,
+    }
     assert "loss: cross-entropy; augmentation: none" in said[model]
     selected = metrics.measure(engine.predict_logits(network, sample["val"]), sample["val"].labels)
     assert (selected["accuracy"], selected["ece"]) == (best["select_accuracy"], best["select_ece"])
@@ -150,7 +156,7 @@ def test_flags_change_what_a_recipe_says(tmp_path):
     assert train(tmp_path, *flags).returncode == 0
     expected = recipes.find("fast", "mlp")._replace(epochs=1, muon_lr=0.03, select="val", precision="float32")
     history = history_of(tmp_path / "best_mlp_fmnist.pt")
-    assert history["flags"] == {"recipe": "fast", **expected._asdict(), "deterministic": False, "teachers": []}
+    assert history["flags"] == recipes.upgrade({"recipe": "fast", **expected._asdict()})
     assert history["epochs"][0]["select_accuracy"] > 0.1
 
 
@@ -188,7 +194,7 @@ def test_a_model_without_a_row_is_trained_by_the_cnns_and_this_is_printed(tmp_pa
         )
         said = json.loads((tmp_path / recipe / "best_mine_fmnist.json").read_text())["flags"]
         row = recipes.find(recipe, "cnn")._replace(epochs=1, precision=said["precision"])
-        assert said == {"recipe": recipe, **row._asdict(), "deterministic": False, "teachers": []}
+        assert said == {"recipe": recipe, **row._asdict(), "deterministic": False, "teachers": [], "fold": None}
     assert train(tmp_path / "x", "--epochs", "1").stderr == ""  # and not of models that have one
 
 
@@ -396,10 +402,11 @@ def test_tensorboard_scalars_are_those_of_the_history(tmp_path):
     (run,) = (tmp_path / "board").iterdir()
     events = EventAccumulator(str(run)).Reload()
     rows = history_of(tmp_path / "best_mlp_fmnist.pt")["epochs"]
-    names = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_ece", "images_per_second"}
-    assert names <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("val_accuracy")] == [1, 2, 3, 4, 5]
-    assert [event.value for event in events.Scalars("val_loss")] == pytest.approx([row["select_loss"] for row in rows])
+    names = ["loss/train", "loss/val", "metrics/accuracy_train", "metrics/accuracy_val", "metrics/ece_val"]
+    names += ["result/accuracy_test", "result/loss_test", "speed/images_per_second", "speed/seconds"]
+    assert sorted(events.Tags()["scalars"]) == names
+    assert [event.step for event in events.Scalars("metrics/accuracy_val")] == [1, 2, 3, 4, 5]
+    assert [event.value for event in events.Scalars("loss/val")] == pytest.approx([row["select_loss"] for row in rows])
 
 
 def hide_tensorboard():

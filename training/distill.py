@@ -77,6 +77,25 @@ def _load(teacher: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     return checkpoint.load(teacher["checkpoint"], bare, quiet=True)
 
 
+def check_folds(flags: dict[str, Any]) -> None:
+    """Raise TeacherError where a teacher was trained on images that this run holds out, or that choose its epoch.
+
+    flags: of the run.
+    """
+    if not flags["fold"] and flags["select"] != "val":
+        return
+    for teacher in flags["teachers"]:
+        _, info = _load(teacher)
+        theirs = upgrade(info["flags"])["fold"] if "flags" in info else None
+        if theirs != flags["fold"]:
+            held = f"fold {flags['fold']}" if flags["fold"] else "the validation images"
+            own = f"--fold {flags['fold']}" if flags["fold"] else "no --fold"
+            raise TeacherError(
+                f"{teacher['checkpoint']} was not trained without {held}, and would reveal their labels: take a "
+                f"teacher that was trained with {own}"
+            )
+
+
 def answers(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype = torch.float32) -> torch.Tensor:
     """Compute the logarithm of the mean probabilities over all teachers and engine.VIEWS.
 

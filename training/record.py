@@ -223,16 +223,17 @@ class Record:
             self._write()
         return changed
 
-    def end(self, status: str) -> bool:
+    def end(self, status: str, given_up: bool = False) -> bool:
         """Close the record. Returns whether the run has ended where the earlier checkpoint was.
 
+        Of a run that is given up, nothing is left to resume.
         Where it has repeated an earlier, finished run to the bit, the earlier checkpoint and history are put back: so a
         repeated run changes no file. A copy of what is still in place is removed, if this run has made it.
         """
         self.history["status"] = status
         if self.best_epoch:
             self._write()
-        if status != "interrupted":
+        if status != "interrupted" or given_up:
             unfinished_path(self.path).unlink(missing_ok=True)
         if not self.kept or not self.kept.exists() or self.kept.is_symlink():
             return False
@@ -349,7 +350,7 @@ def sole_writer(path: str | Path) -> Iterator[None]:
         ) from None
     with lock:
         file.write_text(f"process {os.getpid()} on {platform.node()}")
-        for name in (path.name, history_path(path).name, unfinished_path(path).name):
+        for name in (path.name, history_path(path).name, unfinished_path(path).name, held_out_path(path).name):
             for left_behind in path.parent.glob(f".{name}.*.tmp"):
                 left_behind.unlink()
         try:
@@ -368,6 +369,12 @@ def unfinished_path(path: str | Path) -> Path:
     """Return where the run that writes best_X.pt saves itself while it is unfinished: unfinished_X.pt."""
     path = Path(path)
     return path.with_name("unfinished_" + path.name.removeprefix("best_"))
+
+
+def held_out_path(path: str | Path) -> Path:
+    """Return where a fold run that writes best_X.pt puts its answers to the held-out images: held_out_X.npz."""
+    path = Path(path)
+    return path.with_name("held_out_" + path.name.removeprefix("best_")).with_suffix(".npz")
 
 
 def load_unfinished(path: str | Path) -> dict[str, Any] | None:
@@ -394,6 +401,7 @@ def _state(path: Path, saved: Any) -> dict[str, Any]:
     history = parse_json(_from_tensor(saved["history"]))
     _upgraded(history)  # a check alone: with its keys in another order, the run would write other bytes
     history = dict.fromkeys(checkpoint.NEWER) | history
+    history["flags"].setdefault("fold", None)  # which earlier versions lack
     if isinstance(saved.get("training"), dict):
         saved = saved | {"history": history, "training": {"recent": []} | saved["training"]}
     if wrong := problem(saved, STATE):  # which has just the flags of today
@@ -511,6 +519,8 @@ def _contradiction(history: dict[str, Any]) -> str | None:
     try:
         if list(check_classes(history["classes"])) != history["classes"]:
             return "its classes are not names"
+        if history["flags"]["fold"]:
+            recipes.fold_of(history["flags"]["fold"])
     except UserError as error:
         return str(error)
     if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):

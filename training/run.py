@@ -2,7 +2,7 @@
 
 code = run.run(run.Request(model="cnn", recipe="best", seed=1))
 
-train.py does just this with its flags; analysis/trainings.py does it many times.
+train.py does just this with its flags; other modules do it many times.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +31,15 @@ import recipes
 from runtime import cli, device, distributed
 from runtime.errors import UserError, one_line
 from runtime.schema import problem
-from training import distill, record, trial
+from training import distill, held_out, record, settings, trial
+from training.board import Board
 from training.record import Record, RunError, history_path, unfinished_path
 
 FLAG_OF = {"muon_lr": "--lr", "teachers": "--teacher"}  # where a flag's name differs from the recorded one
+SET_ALONE = {*recipes.Recipe._fields} - {"epochs", "lr", "muon_lr", "batch_size", "select", "precision"}  # with --set
+GIVEN_UP = 3  # what run() returns where its caller gave the run up
+
+Watch = Callable[[Mapping[str, Any]], bool | None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Request:
     select: str | None = None
     precision: str | None = None
     deterministic: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # other values of the recipe, of training.settings
+    fold: str | None = None  # "2/5" or "val": the training images held out in place of the test set
     checkpoint_dir: Path = cli.CHECKPOINTS
     resume: bool = False
     save_every: float = 30.0  # seconds
@@ -74,9 +82,11 @@ class Plan(NamedTuple):
     saved: dict[str, Any] | None
 
 
-def run(request: Request) -> int:
+def run(request: Request, watch: Watch | None = None) -> int:
     """Begin or resume a run, to its end or to a stop. Returns the exit code.
 
+    watch(row) is called with the row of each epoch, once that is recorded. Where it returns True, the run is given up:
+    its status stays "interrupted", it cannot be resumed, and GIVEN_UP is returned.
     Raises UserError for a request that cannot be met.
     """
     if request.model not in models.MODELS:
@@ -92,7 +102,7 @@ def run(request: Request) -> int:
         if not plan:
             print(f"the run of {cli.shown(request.path)} has finished; without --resume, another begins")
             return 0
-        return Run(request, target, plan).carry_out()
+        return Run(request, target, plan, watch).carry_out()
 
 
 # --- what is to be done ----------------------------------------------------------------------------------
@@ -113,9 +123,9 @@ def find(request: Request, target: torch.device, stack: contextlib.ExitStack) ->
     if saved and saved["history"]["model"] != request.model:
         raise RunError(f"{cli.shown(unfinished_path(request.path))} holds a run of another model: move it away")
     earlier = saved["history"] if saved else record.history_of(request.path) if resume else None
-    asked = _asked_for(request, target, saved["history"]["flags"]["recipe"] if saved else None)
     if earlier and (saved or earlier["status"] == "finished"):
         begun = recipes.upgrade(earlier["flags"]) | {"seed": earlier["seed"]}
+        asked = _asked_for(request, target, recipes.Recipe(**{key: begun[key] for key in recipes.Recipe._fields}))
         other = [key for key in asked if asked[key] != begun.get(key)]
         if not other and saved:
             check_flags(earlier["flags"], unfinished := cli.shown(unfinished_path(request.path)))
@@ -129,28 +139,36 @@ def find(request: Request, target: torch.device, stack: contextlib.ExitStack) ->
         print(
             f"train.py: no run is unfinished in {cli.shown(request.checkpoint_dir)}: a new one begins", file=sys.stderr
         )
-    return _new_run(request, target, asked)
+    return _new_run(request, target)
 
 
-def _asked_for(request: Request, target: torch.device, begun_recipe: str | None) -> dict[str, Any]:
-    """Collect the flags that were given, by the names under which a run records them."""
-    recipe = recipes.find(begun_recipe or request.recipe or recipes.default(request.model), request.model)
-    precision = request.precision and device.dtype_name(device.pick_precision(request.precision, target))
-    asked = {
+def _asked_for(request: Request, target: torch.device, own: recipes.Recipe) -> dict[str, Any]:
+    """Collect the flags that were given, by the names under which a run records them. own: the recipe they change."""
+    recipe = settings.change(own, request.settings)
+    given: dict[str, Any] = {
         "recipe": request.recipe,
         "epochs": request.epochs,
         "muon_lr" if recipe.optimizer == "muon" else "lr": request.lr,
         "batch_size": request.batch_size,
         "select": request.select,
-        "precision": precision,
+        "precision": request.precision,
         "deterministic": request.deterministic or None,
         "seed": request.seed,
         "teachers": distill.describe(request.teacher or (), request.mean, request.std) or None,
+        "fold": request.fold,
     }
-    return {key: value for key, value in asked.items() if value is not None}
+    asked = {key: value for key, value in given.items() if value is not None}
+    if twice := [key for key in asked if key in request.settings]:
+        raise RunError(f"{_flag(twice[0])} and --set {twice[0]} are the same value: leave one of them out")
+    asked |= settings.named(request.settings, own, recipe)
+    if "precision" in asked:
+        asked["precision"] = device.dtype_name(device.pick_precision(asked["precision"], target))
+    if request.fold:
+        recipes.fold_of(request.fold)
+    return asked
 
 
-def _new_run(request: Request, target: torch.device, asked: dict[str, Any]) -> Plan:
+def _new_run(request: Request, target: torch.device) -> Plan:
     """Plan a run from its beginning: a recipe's values, changed by the flags."""
     name = request.recipe or recipes.default(request.model)
     recipe = recipes.find(name, request.model)
@@ -160,11 +178,13 @@ def _new_run(request: Request, target: torch.device, asked: dict[str, Any]) -> P
             f"{recipes.FALLBACK}",
             file=sys.stderr,
         )
-    precision = device.dtype_name(device.pick_precision(recipe.precision, target))
+    asked: dict[str, Any] = {"precision": device.dtype_name(device.pick_precision(recipe.precision, target))}
+    asked |= _asked_for(request, target, recipe)
     seed = asked.pop("seed", 0)
-    flags = {"recipe": name, **recipe._asdict(), "precision": precision, "deterministic": False, "teachers": []} | asked
-    flags = json.loads(json.dumps(flags))  # as they are read back
+    usual = {"recipe": name, **recipe._asdict(), "deterministic": False, "teachers": [], "fold": None}
+    flags = json.loads(json.dumps(usual | asked))  # as they are read back
     check_flags(flags, "recipes.py")
+    distill.check_folds(flags)
     return Plan(flags, seed, None)
 
 
@@ -197,11 +217,18 @@ def _unfinished(path: Path, saved: dict[str, Any]) -> str:
 
 
 def _another_run(key: str, begun: dict[str, Any], asked: dict[str, Any]) -> str:
-    flag = FLAG_OF.get(key, "--" + key.replace("_", "-"))
     before, now = (
         [distill.named(each) for each in flags[key]] if key == "teachers" else flags[key] for flags in (begun, asked)
     )
-    return f"--resume: {flag} was {before} when this run began, and {now} would make it another run: leave the flag out"
+    return (
+        f"--resume: {_flag(key)} was {'not given' if before is None else before} when this run began, and {now} would "
+        "make it another run: leave the flag out"
+    )
+
+
+def _flag(key: str) -> str:
+    """Name the flag that sets a recorded value."""
+    return f"--set {key}" if key in SET_ALONE else FLAG_OF.get(key, "--" + key.replace("_", "-"))
 
 
 # --- the run ---------------------------------------------------------------------------------------------
@@ -210,9 +237,11 @@ def _another_run(key: str, begun: dict[str, Any], asked: dict[str, Any]) -> str:
 class Run:
     """A planned run, set up: carry_out() trains, measures and summarises it."""
 
-    def __init__(self, request: Request, target: torch.device, plan: Plan):
-        self.request, self.device, self.plan = request, target, plan
+    def __init__(self, request: Request, target: torch.device, plan: Plan, watch: Watch | None):
+        self.request, self.device, self.plan, self.watch = request, target, plan, watch
+        self.given_up = False
         self.recipe = recipes.Recipe(**{key: plan.flags[key] for key in recipes.Recipe._fields})
+        self.selection, self.measured = recipes.selection(plan.flags), recipes.measured_on(plan.flags)
         self.is_first = distributed.rank() == 0
         self.signals = cli.StopSignals()
         device.keep_freed_memory()
@@ -222,13 +251,17 @@ class Run:
         self._build()
 
     def _load_data(self) -> None:
-        names = ("train", "val", "test") if self.recipe.select == "val" else ("train+val", "test")
+        """Load the splits; in a fold run, the held-out images take the place of the test set, which is not read."""
+        fold, select = self.plan.flags["fold"], self.recipe.select
+        names = ["train+val"] if fold else ["train", "val", "test"] if select == "val" else ["train+val", "test"]
         found = data.load(*names, data_dir=self.request.data_dir, other_data=self.request.other_data)
+        self.fingerprint = functools.cache(functools.partial(data.fingerprint, *found))
+        if fold:
+            found, self.held_out = data.hold_out(found[0], fold, select)
         splits = [split.to(self.device) for split in found]
         self.train, self.test = splits[0], splits[-1]
         # In the published protocol, the test set itself selects.
-        self.select = None if self.recipe.select == "last" else splits[1]
-        self.fingerprint = functools.cache(lambda: data.fingerprint(*splits))
+        self.select = None if select == "last" else splits[1]
 
     def _build(self) -> None:
         """Build the model, the training and the record, and print what they are."""
@@ -260,13 +293,14 @@ class Run:
         print(self._description(), flush=True)
 
     def _description(self) -> str:
-        flags, selection, processes = self.plan.flags, recipes.SELECTIONS[self.recipe.select], distributed.world()
-        rule = selection.rule.format(epochs=self.recipe.epochs, n=len((self.select or self.test).labels))
+        flags, processes = self.plan.flags, distributed.world()
+        fold = f"fold {flags['fold']} holds out {len(self.test.labels):,}; " if flags["fold"] else ""
+        rule = self.selection.rule.format(epochs=self.recipe.epochs, n=len((self.select or self.test).labels))
         augmentation = ", ".join(f"{name} {value}" for name, value in self.recipe.augment.items()) or "none"
         return (
             f"{self.request.model}, recipe {flags['recipe']}: {models.count_parameters(self.model):,} parameters on "
             f"{self.device} in {flags['precision']}{f', {processes} processes' if processes > 1 else ''}, seed "
-            f"{self.plan.seed}; {len(self.train.labels):,} training images; {rule}\n"
+            f"{self.plan.seed}; {len(self.train.labels):,} training images; {fold}{rule}\n"
             f"loss: {engine.loss_name(self.recipe)}; augmentation: {augmentation}"
         )
 
@@ -279,7 +313,9 @@ class Run:
         with self.signals:
             try:
                 self._train(progress, board)
-                if self.training.finished and self._measure():
+                if self.given_up:
+                    pass
+                elif self.training.finished and self._measure():
                     status = "finished"
                 else:
                     self.save()
@@ -289,10 +325,12 @@ class Run:
             finally:
                 progress.close()
                 if self.is_first:
-                    repeated = self.record.end(status)
+                    repeated = self.record.end(status, self.given_up)
                 if board:
-                    board.close()
+                    board.close(self.record.history)
         self._print_best()
+        if self.given_up:
+            return GIVEN_UP
         if status == "interrupted":
             print(self._interruption(), file=sys.stderr)
             return self.signals.code or 128 + signal.SIGTERM  # where the signal reached another process
@@ -314,7 +352,7 @@ class Run:
 
     def _train(self, progress: "Progress", board: "Board | None") -> None:
         """Train epoch by epoch, with a line for each."""
-        progress.write(header(self.recipe))
+        progress.write(header(self.selection.name))
         for row in self.training.run(progress, self._stopped):
             is_best = self.is_first and self.record.add_epoch(self.model, row)
             best = " best" if is_best and self.select else ""
@@ -322,9 +360,12 @@ class Run:
             progress.write(table_line(row, left) + best)
             if board:
                 board.write(row)
+            if self.watch and distributed.from_first(functools.partial(self.watch, row)) and not self._stopped():
+                self.given_up = True
+                return
 
     def _measure(self) -> bool:
-        """Measure the best epoch's checkpoint on the test set, and fit the temperature.
+        """Measure the best epoch's checkpoint on the test set or the held-out images, and fit the temperature.
 
         Returns False where a signal stopped it; the run can be resumed, and measures again.
         """
@@ -332,7 +373,7 @@ class Run:
         calibrated = self.select if self.recipe.select == "val" else None  # else no image is left to fit it on
         try:
             logits = engine.predict_logits(self.model, self.test, stop=self._stopped)
-            held_out = engine.predict_logits(self.model, calibrated, stop=self._stopped) if calibrated else None
+            others = engine.predict_logits(self.model, calibrated, stop=self._stopped) if calibrated else None
         except engine.Stopped:
             return False
         labels = self.test.labels.cpu()
@@ -345,8 +386,10 @@ class Run:
             "loss": figures.pop("log_loss"),
             **figures,
         }
-        if calibrated and held_out is not None:
-            self.record.history["temperature"] = metrics.temperature(held_out, calibrated.labels.cpu())
+        if calibrated and others is not None:
+            self.record.history["temperature"] = metrics.temperature(others, calibrated.labels.cpu())
+        if self.plan.flags["fold"] and self.is_first:
+            held_out.write(self.request.path, self.held_out, labels, logits)
         return True
 
     def _read_back(self) -> dict[str, torch.Tensor]:
@@ -372,7 +415,7 @@ class Run:
         path, best = self.request.path, self.record.best_epoch
         files = f"{cli.shown(path)}, the history in {cli.shown(history_path(path))}"
         if best and self.select:
-            accuracy = f"{self.recipe.select} accuracy {best['select_accuracy']:.2%}"
+            accuracy = f"{self.selection.name} accuracy {best['select_accuracy']:.2%}"
             print(f"best epoch {best['epoch']} ({accuracy}) is in {files}")
         elif best:
             print(f"epoch {best['epoch']} is in {files}")
@@ -391,8 +434,8 @@ class Run:
         if test:
             low, high = test["accuracy_ci95"]
             print(
-                f"test accuracy {test['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}; "
-                f"{recipes.SELECTIONS[self.recipe.select].measured}"
+                f"{self.measured} accuracy {test['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}, "
+                f"n = {test['n']:,}; {self.selection.measured}"
             )
 
 
@@ -449,33 +492,6 @@ class Progress:
         self.bar.close()
 
 
-class Board:
-    """TensorBoard scalars in a new folder below --tensorboard, from the first epoch on; without a folder, nothing."""
-
-    def __init__(self, folder: Path | None, history: dict[str, Any]):
-        self.writer: Any = None
-        self.select = history["flags"]["select"]
-        if folder:
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-            name = f"{history['model']}-seed{history['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.writer = SummaryWriter(folder / name)
-            for row in history["epochs"]:
-                self.write(row)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Write the figures of an epoch."""
-        if not self.writer:
-            return
-        for key in row.keys() - {"epoch"}:
-            self.writer.add_scalar(key.replace("select", self.select), row[key], row["epoch"])
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self.writer:
-            self.writer.close()
-
-
 def resume(saved: dict[str, Any], training: engine.Training, kept: Record, fingerprint: str) -> None:
     """Bring training and record (kept) to where the saved run was. Print that, and what may now change the last bits.
 
@@ -524,9 +540,10 @@ def resume_command(request: Request) -> str:
     return f"{torchrun} {shlex.join([f'--nproc-per-node={processes}', cli.relative(cli.ROOT / 'train.py'), *words])}"
 
 
-def header(recipe: recipes.Recipe) -> str:
-    """Return the head of the table of epochs."""
-    selection = "" if recipe.select == "last" else f" {recipe.select:>4} loss {recipe.select:>4} acc"
+def header(selection: str) -> str:
+    """Return the head of the table of epochs; selection: the name of recipes.Selection."""
+    name = f"{selection[:4]:>4}"
+    selection = selection and f" {name} loss {name} acc"
     return f"epoch train loss train acc{selection}   sec images/s     ETA"
 
 
