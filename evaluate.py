@@ -99,6 +99,7 @@ def print_one(result: dict[str, Any]) -> None:
 
     training = result["training"]
     described = [f"seed {training['seed']}, epoch {training['epoch']}"] if training["epoch"] else []
+    described += [f"fold {fold}"] if (fold := (training["flags"] or {}).get("fold")) else []
     print(f"\n{one_line(result['checkpoint'])}: {', '.join([result['model'], *described])}")
     if "normalisation" in result:
         print(wrapped(f"its input is normalised by {normalisation(result)}"))

@@ -73,7 +73,8 @@ def test_the_tests_pass_with_another_model(clone):
 def test_a_recipe_is_a_row(clone):
     walk(clone, "A recipe")
     flags = history(clone, "mlp")["flags"]
-    assert (flags["recipe"], flags["epochs"], flags["label_smoothing"]) == ("smooth", 10, 0.1)
+    assert (flags["recipe"], flags["epochs"], flags["label_smoothing"]) == ("smooth", 10, 0.2)  # of --set
+    assert flags["augment"] == {"shift": 1, "flip": 0.5}
     assert "smooth" in run(clone, "python train.py --help").stdout
     assert_one_line_error(run(clone, "python train.py --model cnn --recipe smooth"), "smooth", "cnn")
     assert_one_line_error(run(clone, "python train.py --model mlp --recipe smoth"), "smoth", "smooth")

@@ -29,7 +29,7 @@ import models
 import recipes
 from runtime import files
 from runtime.errors import UserError
-from training import record
+from training import plan, record
 from training import run as training_run
 
 TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
@@ -489,7 +489,7 @@ def test_a_state_that_lies_is_refused_in_one_line(unfinished, monkeypatch):
         ({"spin": 1}, "is not in data.py"),
     ):
         with pytest.raises(UserError, match=f"state.pt.*{why}"):
-            training_run._try_augmentations(augment, "state.pt")
+            plan._try_augmentations(augment, "state.pt")
 
 
 def test_weights_and_sums_that_do_not_belong_to_a_training_are_refused(sample):
@@ -617,13 +617,13 @@ def test_a_kept_history_is_never_replaced_by_another(tmp_path):
 
 def test_a_recipe_whose_checkpoint_could_not_be_read_is_refused_before_it_trains():
     flags = {"recipe": "own", **recipes.find("published", "mlp")._asdict(), "deterministic": False, "teachers": []}
-    training_run.check_flags(flags, "recipes.py")
+    plan.check_flags(flags, "recipes.py")
     for values, why in (
         ({"label_smoothing": -1}, "label_smoothing is -1, not"),
         ({"select": "x"}, 'select is "x", not'),
     ):
         with pytest.raises(UserError, match=f"recipes.py: {why}"):
-            training_run.check_flags(flags | values, "recipes.py")
+            plan.check_flags(flags | values, "recipes.py")
 
 
 def test_another_number_of_threads_is_reported_and_recorded(unfinished):

@@ -395,20 +395,6 @@ def test_emulated_bfloat16_works_and_is_said_to_be_slow(tmp_path):
 # --- flags -----------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_scalars_are_those_of_the_history(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(tmp_path, "--tensorboard", tmp_path / "board")
-    (run,) = (tmp_path / "board").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    rows = history_of(tmp_path / "best_mlp_fmnist.pt")["epochs"]
-    names = ["loss/train", "loss/val", "metrics/accuracy_train", "metrics/accuracy_val", "metrics/ece_val"]
-    names += ["result/accuracy_test", "result/loss_test", "speed/images_per_second", "speed/seconds"]
-    assert sorted(events.Tags()["scalars"]) == names
-    assert [event.step for event in events.Scalars("metrics/accuracy_val")] == [1, 2, 3, 4, 5]
-    assert [event.value for event in events.Scalars("loss/val")] == pytest.approx([row["select_loss"] for row in rows])
-
-
 def hide_tensorboard():
     sys.modules["tensorboard"] = None
 

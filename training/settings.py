@@ -32,7 +32,11 @@ def parse(words: Sequence[str], recipe: Recipe | None = None) -> dict[str, Any]:
 
     Raises UserError for another name, and for a value of the wrong type or range.
     """
-    values = {name: _value(name, text) for name, text in _split(words)}
+    pairs = _split(words)
+    for name, text in pairs:
+        if len(_parts(text)) > 1:
+            raise UserError(f"--set {name}={text}: one value is wanted; a list needs brackets, as {name}=[{text}]")
+    values = {name: _value(name, text) for name, text in pairs}
     if recipe:
         change(recipe, values)
     return values
@@ -61,7 +65,7 @@ def change(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """
     fields = {name: value for name, value in values.items() if name not in data.AUGMENTATIONS}
     augment = dict(fields.pop("augment", recipe.augment))
-    for name in values.keys() & data.AUGMENTATIONS.keys():
+    for name in [name for name in values if name in data.AUGMENTATIONS]:
         augment[name] = _resolved(name, values[name], recipe.augment)
     augment = {name: value for name, value in augment.items() if value is not False}
     fields["augment"] = {name: augment[name] for name in sorted(augment, key=_place(recipe.augment))}
