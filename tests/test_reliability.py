@@ -449,6 +449,7 @@ LIES = {  # what is done to a state and its history, and what the refusal says
     "recent": (lambda state, _: state["training"].update(recent=[[torch.zeros(1)] * 3]), r"recent\[0\] is a list, not"),
     "flags": (lambda _, history: history["flags"].update(epochs=10**9), "flags.epochs is 1000000000, not"),
     "more flags": (lambda _, history: history["flags"].update(more=1), "flags has .more., which does not"),
+    "fold": (lambda _, history: history["flags"].update(fold="6/5"), "--fold '6/5': write K/N"),
     "rate": (lambda _, history: history["flags"].update(lr=-1.0), "flags.lr is -1.0, not"),
     "row": (lambda _, history: history["epochs"][0].update(select_accuracy=7), "select_accuracy is 7, not"),
     "temperature": (lambda _, history: history.update(temperature=-1), "temperature is -1, not"),
@@ -468,8 +469,8 @@ def altered(folder, change):
 def test_a_state_that_lies_is_refused_in_one_line(unfinished, monkeypatch):
     monkeypatch.setitem(data.AUGMENTATIONS, "own", lambda images, draw, n: images + len(bytearray(n)))
     path = unfinished / "best_cnn_fmnist.pt"
-    altered(unfinished, lambda *_: None)
-    assert record.load_unfinished(path)
+    altered(unfinished, lambda _, history: history["flags"].pop("fold"))  # as an earlier version saved it
+    assert record.load_unfinished(path)["history"]["flags"]["fold"] is None
     whole = (unfinished / "unfinished_cnn_fmnist.pt").read_bytes()
     for change, why in LIES.values():
         (unfinished / "unfinished_cnn_fmnist.pt").write_bytes(whole)
@@ -616,7 +617,7 @@ def test_a_kept_history_is_never_replaced_by_another(tmp_path):
 
 
 def test_a_recipe_whose_checkpoint_could_not_be_read_is_refused_before_it_trains():
-    flags = {"recipe": "own", **recipes.find("published", "mlp")._asdict(), "deterministic": False, "teachers": []}
+    flags = recipes.upgrade({"recipe": "own", **recipes.find("published", "mlp")._asdict()})
     plan.check_flags(flags, "recipes.py")
     for values, why in (
         ({"label_smoothing": -1}, "label_smoothing is -1, not"),

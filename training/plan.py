@@ -184,5 +184,5 @@ def _another_run(key: str, begun: dict[str, Any], asked: dict[str, Any], given: 
 
 
 def _flag(key: str) -> str:
-    """Name the flag of its own that sets a recorded value."""
+    """Name the flag that sets a recorded value."""
     return FLAG_OF.get(key, "--" + key.replace("_", "-"))
