@@ -83,8 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_one(content)
     else:
         correct = [(each.logits.argmax(1) == split.labels).numpy() for each in answers]
-        pairs = evaluation.compare(results, correct)
-        content = {"checkpoints": results, "means": evaluation.spread(results), "mcnemar": pairs}
+        groups = evaluation.alike_but_for_seed(results)
+        content = {"checkpoints": results, "means": evaluation.spread(groups)}
+        if pairs := evaluation.pairs(groups):
+            content |= {"paired": pairs}
+        content |= {"mcnemar": evaluation.compare(results, correct)}
         print_several(content)
     if args.json:
         files.write_json(args.json, content)
@@ -141,6 +144,7 @@ def print_several(content: dict[str, Any]) -> None:
     for caution, numbers in cautions.items():
         print(wrapped(f"caution, {', '.join(numbers)}: {caution}"))
     print_means(content["means"])
+    print_paired(content.get("paired", []))
     print_pairs(content["mcnemar"], len(results))
 
 
@@ -152,13 +156,24 @@ def print_means(means: list[dict[str, Any]]) -> None:
         text = f"{group['model']}, recipe {group['recipe']}, selected on {group['select']}{differs}: {views}"
         if group["n"] > 1:
             text += (
-                f"mean {group['mean_accuracy']:.2%}, standard deviation {group['sd']:.2%}, n = {group['n']} checkpoints"
+                f"mean {group['mean_accuracy']:.2%}, standard deviation {group['sd']:.2%}, 95% interval of the mean "
             )
+            text += "{:.2%} to {:.2%}".format(*group["ci95"]) + f", n = {group['n']} checkpoints"
         else:
             text += "one seed, so no mean"
         for path in group.get("repeats", []):
             text += f"; {path} repeats a seed and does not count"
         print(f"\n{wrapped(one_line(text))}")
+
+
+def print_paired(pairs: list[dict[str, Any]]) -> None:
+    """Print how the means differ over common seeds, of evaluation.pairs."""
+    if pairs:
+        correction = f", p with Holm's correction for {len(pairs)}" if len(pairs) > 1 else ""
+        head = f"Against {pairs[0]['against']}, the best mean: paired t test over common seeds{correction}"
+        print("\n" + wrapped(one_line(head)))
+    for pair in pairs:
+        print(wrapped(one_line(f"{pair['name']}: {pair['text']}")))
 
 
 def print_pairs(pairs: list[dict[str, Any]], n: int) -> None:

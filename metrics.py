@@ -7,6 +7,7 @@ Logits are float (n, 10) and labels int64 (n,), tensors on the CPU; probabilitie
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from runtime.errors import UserError
 
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017, arXiv:1706.04599
 COVERAGES = 100  # steps of the curve of accuracy against coverage
+ROUNDING = 1e-9  # differences of accuracies that are smaller are errors of floating point
 Z95 = 1.959963984540054  # 97.5% of a standard normal distribution lie below it
 
 
@@ -132,12 +134,71 @@ def share(count: int, n: int) -> dict[str, Any]:
     return {"count": count, "n": n, **described}
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> list[float]:
-    """Compute the interval [low, high] of a mean by Student's t distribution; it takes two values or more."""
+def mean_interval(values: Sequence[float], confidence: float = 0.95, overlap: float = 0.0) -> list[float]:
+    """Compute the interval [low, high] of a mean by Student's t distribution; it takes two values or more.
+
+    overlap: of corrected_error.
+    """
     from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 
-    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * np.std(values, ddof=1) / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * corrected_error(values, overlap)
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
+
+
+def corrected_error(values: Sequence[float], overlap: float) -> float:
+    """Compute the standard error of a mean of values that may be of overlapping training images.
+
+    overlap: for values of several folds of k, 1 / (k - 1), the ratio of held-out to training images; else 0. The folds
+    share training images, so that their values scatter too little: Nadeau and Bengio 2003,
+    doi:10.1023/A:1024068626366; with several seeds Bouckaert and Frank 2004, doi:10.1007/978-3-540-24775-3_3.
+    """
+    return float(np.std(values, ddof=1)) * math.sqrt(1 / len(values) + overlap)
+
+
+def spread(values: Sequence[float], overlap: float = 0.0) -> dict[str, Any]:
+    """Describe values by {"n", "mean"}, and several also by {"sd", "ci95"}: by n - 1, and the interval of the mean."""
+    found: dict[str, Any] = {"n": len(values), "mean": statistics.mean(values)}
+    if len(values) > 1:
+        found |= {"sd": float(np.std(values, ddof=1)), "ci95": mean_interval(values, overlap=overlap)}
+    return found
+
+
+def paired(a: Sequence[float], b: Sequence[float], overlap: float = 0.0) -> dict[str, Any]:
+    """Compare two ways of training by the paired t test: a[i] and b[i] are of one seed, two or more (Student 1908).
+
+    overlap: of corrected_error. Returns {"n", "difference", "sd", "ci95", "p_value"} of a - b. Where all differences
+    are equal, their SD says nothing, and interval and p-value are None.
+    """
+    from scipy.special import stdtr  # takes less time to import than scipy.stats
+
+    differences = np.subtract(a, b)
+    n, mean, sd = len(differences), float(differences.mean()), float(differences.std(ddof=1))
+    if sd < ROUNDING:
+        return {"n": n, "difference": mean, "sd": 0.0, "ci95": None, "p_value": None}
+    error = corrected_error(differences.tolist(), overlap)
+    p_value = 2 * float(stdtr(n - 1, -abs(mean) / error))
+    interval = mean_interval(differences.tolist(), overlap=overlap)
+    return {"n": n, "difference": mean, "sd": sd, "ci95": interval, "p_value": p_value}
+
+
+def power(n: int, difference: float, sd: float, alpha: float = 0.05) -> float:
+    """Compute the chance that a two-sided paired t test over n seeds shows a true difference.
+
+    sd: of the paired differences. By the noncentral t distribution (Cohen 1988, Statistical Power Analysis, chapter 2).
+    """
+    from scipy.special import nctdtr, stdtrit
+
+    limit, shift = float(stdtrit(n - 1, 1 - alpha / 2)), abs(difference) / sd * math.sqrt(n)
+    found = 1 - float(nctdtr(n - 1, shift, limit)) + float(nctdtr(n - 1, shift, -limit))
+    return 1.0 if math.isnan(found) else found  # SciPy cannot compute tails beyond what a float holds
+
+
+def seeds_needed(difference: float, sd: float, least: float = 0.8) -> int | None:
+    """Find how many seeds a paired t test needs to show a true difference with a power of at least so much.
+
+    Returns None above 1,000 seeds.
+    """
+    return next((n for n in range(2, 1001) if power(n, difference, sd) >= least), None)
 
 
 def entropy(shares: np.ndarray, axis: int) -> np.ndarray:

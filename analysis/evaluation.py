@@ -18,7 +18,7 @@ import data
 import engine
 import metrics
 import recipes
-from analysis import alike, excluded
+from analysis import alike, comparison, excluded
 from data import CLASSES, Split
 from dataset import arrays
 from runtime import cli
@@ -162,48 +162,83 @@ def name(result: dict[str, Any]) -> str:
     return own if result["views"] == 1 else f"{own}, {result['views']} views"
 
 
-def spread(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compute mean and standard deviation (n - 1) of the accuracy over checkpoints that were trained alike.
+Group = dict[alike.Unit, list[dict[str, Any]]]  # the results of one way of training, by seed and fold
 
-    They differ in their seed alone. Another file of a seed is among the "repeats" of its group and does not count.
-    "differs" says what sets apart groups of one model, recipe and selection. Bare state_dicts belong to no group, as
-    their training is not known.
+
+def alike_but_for_seed(results: list[dict[str, Any]]) -> list[Group]:
+    """Group the results of checkpoints that were trained alike, where there are several.
+
+    Bare state_dicts belong to no group, as their training is not known.
     """
-    groups: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    groups: dict[str, Group] = {}
     for result in results:
-        if "ensemble" not in result and result["training"]["flags"]:
-            found = _facts(result) | {"model": result["model"], "views": result["views"]}
-            groups.setdefault(alike.key(found), {}).setdefault(result["training"]["seed"], []).append(result)
-    several = [seeds for seeds in groups.values() if sum(map(len, seeds.values())) > 1]
-    return [_mean(seeds) | differs for seeds, differs in zip(several, _apart(several), strict=True)]
+        if "ensemble" not in result and (flags := result["training"]["flags"]):
+            unit = alike.unit(result["training"]["seed"], flags)
+            groups.setdefault(alike.key(_facts(result)), {}).setdefault(unit, []).append(result)
+    return [group for group in groups.values() if sum(map(len, group.values())) > 1]
+
+
+def spread(groups: list[Group]) -> list[dict[str, Any]]:
+    """Compute mean and standard deviation (n - 1) of the accuracy of each group.
+
+    Another file of a seed is among the "repeats" of its group and does not count. "differs" says what sets apart groups
+    of one model, recipe and selection.
+    """
+    return [_mean(group) | differs for group, differs in zip(groups, _apart(groups), strict=True)]
+
+
+def pairs(groups: list[Group]) -> list[dict[str, Any]]:
+    """Compare the other groups with the best one over common seeds, as compare.py does its rows.
+
+    Groups with fewer than two seeds in common with it are left out.
+    """
+    groups = [group for group in groups if len(group) > 1]
+    if len(groups) < 2:
+        return []
+    accuracies = [{unit: files[0]["accuracy"] for unit, files in group.items()} for group in groups]
+    facts = [_facts(_first(group)) for group in groups]
+    names, best = comparison.names(alike.flat(facts)), max(accuracies, key=lambda group: np.mean([*group.values()]))
+    found = [
+        {"name": name, "against": names[accuracies.index(best)]} | comparison.pair(each, best, fact.get("folds"))
+        for name, each, fact in zip(names, accuracies, facts, strict=True)
+        if each is not best
+    ]
+    comparison.correct(found)
+    return [each for each in found if each["n"] > 1]
+
+
+def _first(group: Group) -> dict[str, Any]:
+    return next(iter(group.values()))[0]
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:
     training = result["training"]
-    return alike.facts(recipes.upgrade(training["flags"]), training)
+    found = alike.facts(recipes.upgrade(training["flags"]), training)
+    return found | {"model": result["model"], "views": result["views"]}
 
 
-def _mean(seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def _mean(group: Group) -> dict[str, Any]:
     """Compute the mean over the first result of each seed."""
-    firsts = [files[0] for files in seeds.values()]
-    repeats = [each["checkpoint"] for files in seeds.values() for each in files[1:]]
-    accuracies = [each["accuracy"] for each in firsts]
+    first, facts = _first(group), _facts(_first(group))
+    repeats = [each["checkpoint"] for files in group.values() for each in files[1:]]
+    overlap = alike.overlap(group.keys(), facts.get("folds"))
+    figures = metrics.spread([files[0]["accuracy"] for files in group.values()], overlap)
     return {
-        "model": firsts[0]["model"],
-        **{key: _facts(firsts[0])[key] for key in ("recipe", "select")},
-        **{"views": firsts[0]["views"], "n": len(firsts), "mean_accuracy": float(np.mean(accuracies))},
-        "sd": float(np.std(accuracies, ddof=1)) if len(firsts) > 1 else None,
+        "model": first["model"],
+        **{key: facts[key] for key in ("recipe", "select", "views")},
+        **{"n": figures["n"], "mean_accuracy": figures["mean"]},
+        **{key: figures.get(key) for key in ("sd", "ci95")},
         **({"repeats": repeats} if repeats else {}),
     }
 
 
-def _apart(groups: list[dict[int, list[dict[str, Any]]]]) -> list[dict[str, str]]:
+def _apart(groups: list[Group]) -> list[dict[str, str]]:
     """Say what sets each group apart from others of its model, recipe, selection and views."""
-    firsts = [next(iter(seeds.values()))[0] for seeds in groups]
-    kinds = [(each["model"], each["views"], *(_facts(each)[key] for key in ("recipe", "select"))) for each in firsts]
+    every = [_facts(_first(group)) for group in groups]
+    kinds = [tuple(facts[key] for key in ("model", "recipe", "select", "views")) for facts in every]
     apart = []
-    for first, kind in zip(firsts, kinds, strict=True):
-        others = [_facts(each) for each, other in zip(firsts, kinds, strict=True) if other == kind]
-        (differs,) = alike.differences([_facts(first), *others])[:1]
+    for facts, kind in zip(every, kinds, strict=True):
+        others = [other for other, its in zip(every, kinds, strict=True) if its == kind]
+        (differs,) = alike.differences([facts, *others])[:1]
         apart.append({"differs": differs} if differs else {})
     return apart

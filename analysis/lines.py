@@ -5,6 +5,7 @@ lines.print_columns(lines.accuracies(results))
 """
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.errors import one_line
@@ -44,15 +45,21 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
-def print_columns(columns: dict[str, list[str]]) -> None:
+def print_columns(columns_of: dict[str, list[str]]) -> None:
     """Print columns, title to cells, with the rows numbered from 1; those that do not fit into WIDTH follow below."""
-    lines: list[str] = []
-    for title, cells in columns.items():
+    print(f"\n{columns(columns_of)}")
+
+
+def columns(cells_of: dict[str, list[str]], numbers: Sequence[int] | None = None) -> str:
+    """Lay out columns, title to cells; those that do not fit into WIDTH follow below.
+
+    numbers: of the rows, by default from 1.
+    """
+    blocks: list[list[str]] = []
+    for title, cells in cells_of.items():
         wide = max(map(len, (title, *cells)))
         column = [f"  {text:>{wide}}" for text in (title, *cells)]
-        if lines and len(lines[0]) + len(column[0]) > WIDTH:
-            print("\n".join(["", *lines]))
-            lines = []
-        lines = lines or ["  ", *(f"{number:>2}" for number in range(1, len(cells) + 1))]
-        lines = [line + part for line, part in zip(lines, column, strict=True)]
-    print("\n".join(["", *lines]))
+        if not blocks or len(blocks[-1][0]) + len(column[0]) > WIDTH:
+            blocks.append(["  ", *(f"{number:>2}" for number in numbers or range(1, len(cells) + 1))])
+        blocks[-1] = [line + part for line, part in zip(blocks[-1], column, strict=True)]
+    return "\n\n".join("\n".join(block) for block in blocks)

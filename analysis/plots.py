@@ -9,9 +9,7 @@ Importing this module and calling its functions leaves matplotlib's global setti
 import io
 import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -19,21 +17,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 import engine
 import recipes
+from analysis import placing
 
 Rows = Sequence[Mapping[str, Any]]
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-GREY, SOFT, DARK, PALE = "#8a8a8a", "#6a6a6a", "#33424d", "#e4e4e4"
+GREY, SOFT, DARK, PALE = placing.GREY, "#6a6a6a", "#33424d", "#e4e4e4"
 WIDTH, DPI = 9.2, 110  # inches, pixels an inch: together the 1012 pixels of a README's column
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -45,8 +42,6 @@ STYLE: dict[Any, Any] = {
 }
 BEHIND = (226, 180, 205)  # stands for a background that was removed
 COLUMNS = 5  # pictures a row
-COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
-REACHES = (9, 16, 24, 34, 46, 60, 76, 94)  # pixels between a point and its name, nearest first
 PEOPLE_TITLES = {  # of humans.compare's trainings
     "people_accuracy": "answers that are people's choice",
     "cross_entropy_scaled": "cross-entropy to the votes, nats, best temperature",
@@ -58,8 +53,6 @@ PEOPLE_SIDES = {  # of humans.SIDES, in words
     "other": ("another class", "#c9d1d8"),
     "tied": ("tied", "#eef1f3"),
 }
-# Sides of a point where its name may stand: right, left, then below and above from right to left.
-SIDES = [(1.0, 0.0), (-1.0, 0.0), *((x, y) for x in (1, 0.5, 0, -0.5, -1) for y in (-1, 1))]
 
 
 def png(figure: Figure, title: str | None = None) -> bytes:
@@ -82,8 +75,8 @@ def confusion_matrix(matrix: ArrayLike, title: str, classes: Sequence[str]) -> F
     matrix: int (n, n), true classes in rows, predicted classes in columns; classes: their n names.
     """
     counts = np.asarray(matrix)
-    n, names = len(counts), [_wrapped(name) for name in classes]
-    figure = _figure(7.6)
+    n, names = len(counts), [wrapped(name) for name in classes]
+    figure = blank(7.6)
     axes = figure.subplots()
     mistakes = np.where(np.eye(n, dtype=bool), 0, counts)
     norm = PowerNorm(0.6, 0, max(mistakes.max(), 1))  # makes small counts visible
@@ -120,7 +113,7 @@ def confused_pairs(pairs: Rows, n_mistakes: int) -> Figure:
 
     pairs: dicts with a and b (names), a_as_b, b_as_a and total (counts); n_mistakes: of all pairs, shown or not.
     """
-    figure = _figure(0.6 * len(pairs) + 1.1)
+    figure = blank(0.6 * len(pairs) + 1.1)
     axes = figure.subplots()
     names, places = [], []
     for number, pair in enumerate(pairs):
@@ -130,7 +123,7 @@ def confused_pairs(pairs: Rows, n_mistakes: int) -> Figure:
         ):
             bar = axes.barh(number + offset, count, 0.36, color=BLUE)
             axes.bar_label(bar, [f"{count:,}"], padding=4)
-            names.append(f"{_shortened(true)} classified as {_shortened(predicted)}")
+            names.append(f"{shortened(true)} classified as {shortened(predicted)}")
             places.append(number + offset)
         if number % 2 == 0:
             axes.axhspan(number - 0.5, number + 0.5, color="#f3f5f7", zorder=0)
@@ -162,8 +155,8 @@ def mistakes(images: Sequence[ArrayLike], records: Rows, title: str) -> Figure:
     figure.text(0.475, s="below: number of the image, confidence", color=SOFT, **key)
     for axes, image, record in zip(cells, images, records, strict=False):
         axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
-        axes.text(13.5, -4.6, _shortened(record["true"], 20), ha="center", color=GREEN, weight="bold")
-        axes.text(13.5, -1.5, _shortened(record["predicted"], 24), ha="center", color=ORANGE)
+        axes.text(13.5, -4.6, shortened(record["true"], 20), ha="center", color=GREEN, weight="bold")
+        axes.text(13.5, -1.5, shortened(record["predicted"], 24), ha="center", color=ORANGE)
         axes.text(13.5, 28.2, f"image {record['index']}, {_percent(record['confidence'])}", **below)
     return figure
 
@@ -185,7 +178,7 @@ def seen(rows: Sequence[tuple[str, str, ArrayLike, ArrayLike, ArrayLike, Sequenc
         for text, y, style in (
             (short, 1.16, {"size": 8, "color": SOFT}),
             (answer, 1.03, {"color": ORANGE, "weight": "bold"}),
-            (_shortened("; ".join(notes), 70), -0.04, {"size": 8, "color": DARK, "va": "top"}),
+            (shortened("; ".join(notes), 70), -0.04, {"size": 8, "color": DARK, "va": "top"}),
         ):
             views[0].text(*_left(views[0], y), text, transform=figure.transFigure, **style)
     return figure
@@ -227,7 +220,7 @@ def training_curves(history: Mapping[str, Any]) -> Figure:
     trained, selected = _training_loss(flags), "cross-entropy"
     measured = any("select_loss" in row for row in history["epochs"])
     images = recipes.selection(flags).images
-    figure = _figure(4.4)
+    figure = blank(4.4)
     left, right = figure.subplots(1, 2)
     training = "training, mean over the epoch"
     _curves(left, history, "loss", [f"{training}: {trained}", f"{images}: {selected}"])
@@ -235,7 +228,7 @@ def training_curves(history: Mapping[str, Any]) -> Figure:
         left.set_ylabel("cross-entropy, nats")
     else:
         both = [f"{trained} (training)", f"{selected} ({images})"] if measured else [trained]
-        left.set_ylabel("\n".join(_wrapped(name, 46, 3) for name in both))
+        left.set_ylabel("\n".join(wrapped(name, 46, 3) for name in both))
     _curves(right, history, "accuracy", [training, images])
     right.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     right.set_ylabel("accuracy")
@@ -256,162 +249,13 @@ def _curves(axes: Axes, history: Mapping[str, Any], key: str, names: Sequence[st
         if points:  # a run that keeps its last epoch has no selection images
             marker = "o" if len(points) <= 40 else None
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4}
-            axes.plot(*zip(*points, strict=True), label=_wrapped(name, 40, 4), **style)
+            axes.plot(*zip(*points, strict=True), label=wrapped(name, 40, 4), **style)
     best = history["best_epoch"]
     axes.axvline(best, color=GREY, linestyle=":", label=f"epoch {best} was kept")
     axes.set(xlabel="epoch", title=key.capitalize())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=PALE, linewidth=0.6)
     axes.legend(frameon=False, fontsize=9)
-
-
-@matplotlib.rc_context(STYLE)
-def frontier(rows: Rows, literature: Rows) -> Figure:
-    """Draw test accuracy against seconds of training, parameters and operations, with every point named.
-
-    rows: of compare.collect; those selected on the test images are left out, as their accuracies are too high.
-    literature: dicts with name, accuracy (0 to 1), parameters, and old_release where they used the first release.
-    """
-    kept = [row for row in rows if row["select"] != "test"]
-    rows, left_out = kept, len(rows) - len(kept)
-    palette = (BLUE, ORANGE, GREEN, SKY, YELLOW)
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    colours = {model: palette[place % len(palette)] for place, model in enumerate(models)}
-    figure = _figure(11)
-    figure.suptitle("Test accuracy against cost: mean of the seeds, 95% interval", size=12)
-    panels = figure.subplot_mosaic([["seconds"] * 2, ["parameters", "mflop"]], width_ratios=[3, 2])
-    for key, axes in panels.items():
-        _draw_costs(axes, key, rows, literature if key == "parameters" else [], colours)
-    low, high = zip(*(axes.get_ylim() for axes in panels.values()), strict=True)
-    for axes in panels.values():
-        axes.set_ylim(min(low), max(high))
-    legend = _frontier_legend(figure, rows, literature, colours)
-    if left_out:
-        legend.set_title("Runs that select their epoch on the test images are left out.")
-        legend.get_title().set_fontsize(9)
-    figure.draw_without_rendering()  # lays the figure out, so that sizes in pixels are known
-    for key, axes in panels.items():
-        _name_points(axes, key, rows, literature if key == "parameters" else [])
-    return figure
-
-
-def _draw_costs(axes: Axes, key: str, rows: Rows, literature: Rows, colours: Mapping[str, str]) -> None:
-    """Draw one panel of the frontier but for the names."""
-    for row in rows:
-        low, high = row.get("ci95", (row["accuracy"], row["accuracy"]))
-        axes.errorbar(
-            row[key],
-            row["accuracy"],
-            [[row["accuracy"] - low], [high - row["accuracy"]]],
-            fmt="o",
-            color=colours[row["model"]],
-            mfc="white" if row["precision"] == "float32" else None,
-            capsize=2,
-        )
-    for system in literature:
-        axes.plot(system["parameters"], system["accuracy"], **_cross(system.get("old_release", False)))
-    best = _pareto(rows, key)
-    axes.plot([row[key] for row in best], [row["accuracy"] for row in best], color=GREY, linewidth=1, zorder=0)
-    axes.set(xscale="log", xlabel=COSTS[key], ylabel="test accuracy")
-    axes.margins(x=0.2, y=0.06)  # room for the names
-    axes.grid(color=PALE, linewidth=0.6)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:,g}M" if v >= 1e6 else f"{v:,g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-
-
-def _cross(old_release: bool) -> dict[str, Any]:
-    return {"linestyle": "", "marker": "P" if old_release else "x", "color": PINK if old_release else "#666666"}
-
-
-def _pareto(rows: Rows, key: str) -> list[Mapping[str, Any]]:
-    """Return the rows that no cheaper row equals in accuracy, cheapest first."""
-    best: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row[key], -row["accuracy"])):
-        if not best or row["accuracy"] > best[-1]["accuracy"]:
-            best.append(row)
-    return best
-
-
-def _frontier_legend(figure: Figure, rows: Rows, literature: Rows, colours: Mapping[str, str]) -> Legend:
-    """Explain colours, fillings, crosses and the line below the panels."""
-    dot: dict[str, Any] = {"linestyle": "", "marker": "o"}
-    entries = [(Line2D([], [], color=colour, **dot), model) for model, colour in colours.items()]
-    for precision in dict.fromkeys(row["precision"] for row in rows):
-        hollow = precision == "float32"
-        filling = Line2D([], [], color=DARK, markerfacecolor="white" if hollow else None, **dot)
-        entries.append((filling, f"{'hollow' if hollow else 'filled'}: {precision}"))
-    entries.append((Line2D([], [], color=GREY, linewidth=1), "Pareto frontier of these runs"))
-    for old in dict.fromkeys(system.get("old_release", False) for system in literature):
-        when = ", data before the re-release of 2017-08-31" if old else ""
-        entries.append((Line2D([], [], **_cross(old)), f"literature{when}"))
-    return figure.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-
-
-def _row_names(rows: Rows) -> list[str]:
-    """Name rows by model and recipe; by their epochs too, and by all else that differs, where that is not enough."""
-    names = [f"{row['model']}, {row['recipe']}" for row in rows]
-    for more in (lambda row: f"{row['epochs']} epochs", _rest_of_name):
-        often = Counter(names)
-        longer = [", ".join(filter(None, (name, more(row)))) for name, row in zip(names, rows, strict=True)]
-        names = [name if often[name] == 1 else long for name, long in zip(names, longer, strict=True)]
-    return names
-
-
-def _rest_of_name(row: Mapping[str, Any]) -> str:
-    values = [f"{key} {value}" for key, value in row["changed"].items()]
-    return ", ".join(
-        [f"chosen on {row['select']}", row["data"], *values, *([row["differs"]] if "differs" in row else [])]
-    )
-
-
-def _name_points(axes: Axes, key: str, rows: Rows, literature: Rows) -> None:
-    """Write the names of a panel's points, each at the free place nearest to its point.
-
-    Places are boxes in pixels, float (2, 2): the lower left corner, the upper right one. Points, error bars, the
-    frontier's line and names already written are not free.
-    """
-    points = [(row[key], row["accuracy"]) for row in rows]
-    points += [(system["parameters"], system["accuracy"]) for system in literature]
-    names = _row_names(rows) + [system["name"] for system in literature]
-    taken = [_around(place, 6) for place in axes.transData.transform(points)]
-    bars = [[(row[key], end) for end in row["ci95"]] for row in rows if "ci95" in row]
-    taken += [axes.transData.transform(bar) + np.array([[-3, 0], [3, 0]]) for bar in bars]
-    line = axes.transData.transform([(row[key], row["accuracy"]) for row in _pareto(rows, key)])
-    for start, end in pairwise(line):
-        taken += [_around(start + step * (end - start), 2) for step in np.linspace(0, 1, 40)]
-    for point, name in sorted(zip(points, names, strict=True), key=lambda named: -named[0][1]):
-        taken.append(_write_name(axes, point, name, np.array(taken)))
-
-
-def _around(place: np.ndarray, reach: float) -> np.ndarray:
-    return np.array([place - reach, place + reach])
-
-
-def _write_name(axes: Axes, point: tuple[float, float], name: str, taken: np.ndarray) -> np.ndarray:
-    """Write a name beside its point and return the box it fills; a thin line leads to a name far away."""
-    text = axes.annotate(name, point, (0, 0), textcoords="offset points", size=8, va="bottom")
-    text.set_in_layout(False)
-    half, anchor = np.array(text.get_window_extent().size) / 2, axes.transData.transform(point)
-    places = [anchor + np.array(side) * (half + reach) for reach in REACHES for side in SIDES]
-    boxes = [np.array([place - half, place + half]) for place in places]
-    low, high = min(boxes, key=lambda box: _covered(box, taken, axes.bbox.get_points()))  # of equals the nearest
-    to_points = 72 / axes.figure.dpi
-    text.set_position(tuple((low - anchor) * to_points))
-    nearest = np.clip(anchor, low, high)
-    if np.hypot(*(nearest - anchor)) > REACHES[1]:
-        style = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        end = tuple((nearest - anchor) * to_points)
-        axes.annotate("", point, end, textcoords="offset points", arrowprops=style).set_in_layout(False)
-    return np.array([low, high])
-
-
-def _covered(box: np.ndarray, taken: np.ndarray, panel: np.ndarray) -> float:
-    """Return the pixels of a box that taken boxes cover, and those outside the panel."""
-    sides = np.minimum(box[1], taken[:, 1]) - np.maximum(box[0], taken[:, 0])
-    covered = np.clip(sides, 0, None).prod(1).sum()
-    inside = np.clip(np.minimum(box[1], panel[1]) - np.maximum(box[0], panel[0]), 0, None)
-    return float(covered + (box[1] - box[0]).prod() - inside.prod())
 
 
 @matplotlib.rc_context(STYLE)
@@ -422,7 +266,7 @@ def bench(results: Mapping[str, Any]) -> Figure:
     """
     panels = _bench_panels(results)
     bars_in_all = sum(len(bars) for _, bars in panels)
-    figure = _figure(1.05 * len(panels) + 0.34 * bars_in_all + 0.4)
+    figure = blank(1.05 * len(panels) + 0.34 * bars_in_all + 0.4)
     heights = [len(bars) + 0.6 for _, bars in panels]
     grid = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (title, bars) in zip(grid[:, 0], panels, strict=True):
@@ -430,7 +274,7 @@ def bench(results: Mapping[str, Any]) -> Figure:
         axes.set_title(title, loc="left", size=10)
     machine = results["machine"]
     text = ", ".join([f"{machine['threads']} cores of {machine['processor']}", *machine.get("features", [])])
-    grid[-1, 0].set_xlabel(f"seconds\n{_wrapped(text, 110)}")
+    grid[-1, 0].set_xlabel(f"seconds\n{wrapped(text, 110)}")
     figure.suptitle("Training time, and speed compared with the tutorial loop", size=12)
     return figure
 
@@ -466,7 +310,7 @@ def strength(rows: Rows) -> Figure:
 
     rows: dicts with strength, and the accuracies plain, mirrored and corrupted.
     """
-    figure = _figure(3.6)
+    figure = blank(3.6)
     axes = figure.subplots()
     lines = (("plain", "held-out images", BLUE), ("mirrored", "mirrored", SKY), ("corrupted", "corrupted", ORANGE))
     for key, name, colour in lines:
@@ -491,8 +335,8 @@ def people_sides(checkpoint: Mapping[str, Any], groups: Mapping[str, str]) -> Fi
     kinds = {name: checkpoint["groups"].get(key) for key, name in groups.items()}
     rows = {"all mistakes": checkpoint["mistakes"]}
     rows |= {name: row for name, row in kinds.items() if row and row["n"] >= FEW}
-    figure = _figure(0.6 * len(rows) + 1.5)
-    axes, names = figure.subplots(), [f"{_wrapped(name, 26)}\nn = {row['n']:,}" for name, row in rows.items()]
+    figure = blank(0.6 * len(rows) + 1.5)
+    axes, names = figure.subplots(), [f"{wrapped(name, 26)}\nn = {row['n']:,}" for name, row in rows.items()]
     left = np.zeros(len(rows))
     for side, (name, colour) in PEOPLE_SIDES.items():
         shares = np.array([100 * (row[side]["share"] or 0) for row in rows.values()])
@@ -514,7 +358,7 @@ def people_sides(checkpoint: Mapping[str, Any], groups: Mapping[str, str]) -> Fi
 @matplotlib.rc_context(STYLE)
 def people_entropy(confidence: Mapping[str, Any], ambiguity: Mapping[str, Any] | None) -> Figure:
     """Draw how far people disagree on tenths of the images, by confidence and by ambiguity; both of humans.compare."""
-    figure = _figure(3.4)
+    figure = blank(3.4)
     axes, tenths = figure.subplots(), range(1, 11)
     rows = [(confidence, confidence["tenths"], "least to most confident", BLUE, "o")]
     if ambiguity:  # the most ambiguous first
@@ -542,7 +386,7 @@ def people_trainings(rows: Rows) -> Figure:
     95% intervals of the means.
     """
     titles = {key: title for key, title in PEOPLE_TITLES.items() if any(key in row for row in rows)}
-    figure = _figure(4.4)
+    figure = blank(4.4)
     panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True)) if titles else {}
     points = {key: [(row["label_accuracy"]["mean"], row[key]["mean"]) for row in rows if key in row] for key in titles}
     for key, axes in panels.items():
@@ -557,23 +401,25 @@ def people_trainings(rows: Rows) -> Figure:
             axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     figure.draw_without_rendering()  # so that sizes in pixels are known
     for key, axes in panels.items():
-        taken = [_around(place, 6) for place in axes.transData.transform(points[key])]
+        taken = [placing.around(place, 6) for place in axes.transData.transform(points[key])]
         names = [row["name"] for row in rows if key in row]
         for point, name in sorted(zip(points[key], names, strict=True), key=lambda named: -named[0][1]):
-            taken.append(_write_name(axes, point, name, np.array(taken)))
+            taken.append(placing.write(axes, point, name, np.array(taken)))
     return figure
 
 
-def _figure(height: float) -> Figure:
+def blank(height: float) -> Figure:
+    """Return an empty figure of so many inches, as wide as a README's column."""
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
-def _wrapped(name: str, width: int = 18, lines: int = 2) -> str:
+def wrapped(name: str, width: int = 18, lines: int = 2) -> str:
     """Break a long name into lines, and end it with … where these do not suffice."""
     return textwrap.fill(name, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
 
 
-def _shortened(name: str, width: int = 24) -> str:
+def shortened(name: str, width: int = 24) -> str:
+    """Cut a long name off, with an ellipsis at its end."""
     return name if len(name) <= width else f"{name[: width - 1]}…"
 
 

@@ -1,13 +1,17 @@
 """The finished runs of train.py, a row for each way of training: accuracy over seeds, cost, and the command.
 
-rows = runs.collect([Path("runs")])    # plain values, fit for JSON
+rows = runs.collect([Path("runs")])             # plain values, fit for JSON
+groups = runs.group(runs.read([Path("runs")]))  # the runs of each row
 """
 
 import functools
+import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +27,7 @@ from training.command import changed, command
 from training.record import read_history
 
 HISTORIES = "best_*_fmnist.json"
+NAMES = re.compile(r"best_.+_fmnist(\.[0-9a-f]{8,16})?\.json")  # with digits: of an earlier run that was kept aside
 
 
 class Run(NamedTuple):
@@ -30,33 +35,46 @@ class Run(NamedTuple):
 
     path: Path
     model: str
-    seed: int
+    unit: alike.Unit
     flags: dict[str, Any]  # in today's form
     data: str  # name of the data set
     facts: dict[str, Any]  # all that must be equal for two runs to share a row
-    accuracy: float  # on the test set
+    images: tuple[str, ...]  # what it is measured on; accuracies on other images do not compare
+    accuracy: float  # on the test set, or on the images that it holds out
     seconds: float  # of training
     cores: int
+    epochs: list[dict[str, Any]]  # of the history
 
 
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return a row for each way of training, from the finished runs in the folders and one level below.
+    """Return the rows of group() for the runs of read(), described by describe().
+
+    Those of one model, recipe and selection have "differs".
+    """
+    rows = group(read(folders))
+    return [describe(row, differs) for row, differs in zip(rows, _differences(rows), strict=True)]
+
+
+def group(runs: Iterable[Run]) -> list[list[Run]]:
+    """Return the runs of each way of training, in the order of models, recipes and selections.
 
     Runs share a row if everything but the seed is equal: model and its code, flags, teachers, data, and the number of
-    processes where it matters. The rows are in the order of models, recipes and selections; those of one model, recipe
-    and selection have "differs". Runs that cannot be compared are skipped, with a notice.
-    Raises UserError where a folder has no finished run, where no run can be compared, or where a file is no history.
+    processes where it matters; of runs by folds also all but the fold. A seed counts once: of another run of it there
+    is a notice, unless that is the same run, or one equal to the last bit.
     """
-    groups: dict[str, dict[int, Run]] = {}
-    for run in _known(_finished(folders)):
-        seeds = groups.setdefault(alike.key(run.facts), {})
-        if run.seed in seeds:
-            first = cli.shown(seeds[run.seed].path)
-            _notice(f"{cli.shown(run.path)} skipped: {first} is a run of the same flags and seed")
-        else:
-            seeds[run.seed] = run
-    rows = [list(seeds.values()) for seeds in sorted(groups.values(), key=_place)]
-    return [describe(row, differs) for row, differs in zip(rows, _differences(rows), strict=True)]
+    groups: dict[str, dict[alike.Unit, Run]] = {}
+    for run in runs:
+        units = groups.setdefault(alike.key(run.facts), {})
+        first = units.setdefault(run.unit, run)
+        if _outcome(first) != _outcome(run):
+            _notice(f"{cli.shown(run.path)} skipped: {cli.shown(first.path)} is a run of the same flags and seed")
+    return [[units[unit] for unit in sorted(units)] for units in sorted(groups.values(), key=_place)]
+
+
+def _outcome(run: Run) -> tuple[Any, ...]:
+    """Return what two runs of one seed have in common if they are one run, or equal to the last bit."""
+    timed = ("seconds", "images_per_second")
+    return run.accuracy, [{key: value for key, value in row.items() if key not in timed} for row in run.epochs]
 
 
 def _differences(rows: Sequence[Sequence[Run]]) -> list[str]:
@@ -76,40 +94,62 @@ def _differences(rows: Sequence[Sequence[Run]]) -> list[str]:
     return names
 
 
-def _finished(folders: Sequence[Path]) -> list[Run]:
-    found: dict[Path, Run] = {}
+def find(folder: Path) -> Iterator[Path]:
+    """Yield the histories of runs in a folder and below it, except in hidden folders; of earlier runs last."""
+    found, seen = [], set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(name)
+        folders[:] = [] if real in seen else [each for each in folders if not each.startswith(".")]
+        found += [] if real in seen else [Path(name, each) for each in names if NAMES.fullmatch(each)]
+        seen.add(real)
+    yield from sorted(found, key=lambda path: (path.parent, path.stem.count("."), path.name))
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """Read the finished runs of the folders, each file once. Prints a notice where others are left out.
+
+    Raises UserError where a folder has no finished run, where no run can be compared, or where a file is no history.
+    """
+    found: dict[str, Run] = {}
+    left_out: Counter[str] = Counter()
     for folder in folders:
-        paths = sorted([*folder.glob(HISTORIES), *folder.glob(f"*/{HISTORIES}")])
-        runs = {path.resolve(): run for path in paths if (run := _read(path))}
-        if not runs:
-            raise UserError(f"{cli.shown(folder)} has no finished run, as {HISTORIES} or */{HISTORIES} of train.py")
-        found |= {path: run for path, run in runs.items() if path not in found}
-    return list(found.values())
+        histories = {os.path.realpath(path): (path, read_history(path)) for path in find(folder)}
+        finished = {name: each for name, each in histories.items() if each[1]["status"] == "finished"}
+        if not finished:
+            raise UserError(f"{cli.shown(folder)} has no finished run of train.py: no {HISTORIES}, here or below")
+        left_out.update(history["status"] for name, (_, history) in histories.items() if name not in finished)
+        found |= {name: _run(*each) for name, each in finished.items() if name not in found}
+    if left_out:
+        _notice("left out runs that have not finished: " + ", ".join(f"{n} {status}" for status, n in left_out.items()))
+    return _known(list(found.values()))
 
 
-def _read(path: Path) -> Run | None:
-    """Read one history; return None for a run that has not finished. Raises UserError for any other file."""
-    history = read_history(path)
-    if history["status"] != "finished":
-        return None
+def _run(path: Path, history: dict[str, Any]) -> Run:
+    """Take from a history what the comparison needs."""
+    data = published.named(history["data"], history.get("data_sha256"))
+    own = () if data == published.NAME else (str(history.get("data_sha256")),)
+    n = () if alike.unit(0, history["flags"]).fold else (f"{history['test']['n']:,}",)
     return Run(
         path=path,
         model=history["model"],
-        seed=history["seed"],
+        unit=alike.unit(history["seed"], history["flags"]),
         flags=history["flags"],
-        data=published.named(history["data"], history.get("data_sha256")),
+        data=data,
         facts=_facts(history),
+        images=(alike.folds(history["flags"]) or "test", data, *n, *own),
         accuracy=float(history["test"]["accuracy"]),
         seconds=max(0.001, sum(float(epoch["seconds"]) for epoch in history["epochs"])),  # for a logarithmic axis
         # a resumed run may have had more cores, or fewer
         cores=max(part.get("threads", 0) for part in (history, *history["resumed"])),
+        epochs=history["epochs"],
     )
 
 
 def _facts(history: dict[str, Any]) -> dict[str, Any]:
     """Collect all that two runs of one row have in common."""
     codes = [history["code"], *(each["code"] for each in history["resumed"] if "code" in each)]
-    names = ("model", "classes", "train_images", "select_images", "processes")
+    names = ["model", "classes", "processes"]
+    names += [] if alike.unit(0, history["flags"]).fold else ["train_images", "select_images"]  # of a fold or another
     return alike.facts(history["flags"], history) | {
         "code": codes if len(codes) > 1 else codes[0],  # it was edited while the run was interrupted
         **{name: history[name] for name in names},
@@ -141,9 +181,9 @@ def _has_batch_norm(model: str) -> bool:
     return any(isinstance(module, _BatchNorm) for module in models.build(model).modules())
 
 
-def _place(seeds: dict[int, Run]) -> list[int]:
+def _place(units: dict[alike.Unit, Run]) -> list[int]:
     """Return the place of a row in the order of models.py and recipes.py."""
-    run = next(iter(seeds.values()))
+    run = next(iter(units.values()))
     orders = (list(models.MODELS), list(recipes.RECIPES), list(recipes.SELECTIONS))
     names = (run.model, run.flags["recipe"], run.flags["select"])
     return [order.index(name) for order, name in zip(orders, names, strict=True)]
@@ -157,7 +197,8 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
     repeats the published protocol; "changed" holds values that the code no longer has.
     """
     model, flags, data = runs[0].model, runs[0].flags, runs[0].data
-    accuracies = [run.accuracy for run in runs]
+    units, of = [run.unit for run in runs], alike.folds(flags)
+    figures = metrics.spread([run.accuracy for run in runs], alike.overlap(units, of))
     cores = max(run.cores for run in runs)
     network = models.build(model)
     row = {
@@ -167,19 +208,21 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
         "teachers": [teacher["checkpoint"] for teacher in flags["teachers"]],
         "epochs": flags["epochs"],
         "data": data,
-        "seeds": sorted(run.seed for run in runs),
-        "accuracy": mean(accuracies),
+        **({"folds": of} if of else {}),
+        "seeds": sorted({unit.seed for unit in units}),
+        "n": figures["n"],
+        "accuracy": figures["mean"],
         "published": recipes.PUBLISHED.get(model) if _is_published(model, flags, data) else None,
         "seconds": median(run.seconds for run in runs if run.cores == cores),
         "cores": cores,
         "precision": flags["precision"],
         "parameters": models.count_parameters(network),
         "mflop": models.count_flop(network) / 1e6,
-        "command": command(model, flags),
+        "command": command(model, flags | ({"fold": f"K/{of}"} if alike.unit(0, flags).fold else {})),
         "changed": changed(flags),
     }
     row |= {"differs": differs} if differs else {}
-    return row | ({"sd": stdev(accuracies), "ci95": metrics.mean_interval(accuracies)} if len(runs) > 1 else {})
+    return row | {key: figures[key] for key in ("sd", "ci95") if key in figures}
 
 
 def _is_published(model: str, flags: dict[str, Any], data: str) -> bool:

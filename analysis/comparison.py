@@ -1,0 +1,389 @@
+"""Which way of training is better: rows of runs that differ in their seed alone, and what their differences show.
+
+sections = comparison.of(runs.group(runs.read(folders)), baseline="muon_lr=0.03")
+print(comparison.text(sections))
+print(comparison.report([Path("sweeps/first")]))     # both in one
+"""
+
+import csv
+import difflib
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import metrics
+import recipes
+from analysis import alike, lines, runs, tables
+from runtime import cli
+from runtime.errors import UserError, one_line
+
+WORTH = 0.002  # a difference of accuracies, 0.2 points, that a reader may care about
+SIGNIFICANT = 0.05
+USUAL = 5  # seeds of a row
+LABELS = {"train_images": "training images", "select_images": "selection images"}
+ON = {  # what rows are measured on: of alike.folds, else one of several folds
+    "test": "test accuracy on the {n} test images of {data}",
+    "val": "held-out accuracy on the {n} validation images of {data}",
+}
+FOLDS = "held-out accuracy on {folds} folds of the training images of {data}, each left out of training in turn"
+
+
+class Row(NamedTuple):
+    """The runs of one way of training, each of another seed or fold."""
+
+    number: int  # from 1
+    name: str
+    facts: dict[str, Any]  # of alike.flat
+    runs: list[runs.Run]
+    figures: dict[str, Any]  # of runs.describe
+
+    @property
+    def is_optimistic(self) -> bool:
+        """Say whether the best epoch was chosen on the images that the accuracy is measured on."""
+        return self.figures["select"] == "test"
+
+
+class Section(NamedTuple):
+    """The rows that are measured on the same images, the most accurate first."""
+
+    images: str
+    columns: list[str]  # the facts to show
+    common: str  # what all rows share
+    rows: list[Row]
+    baseline: Row
+    is_chosen: bool  # by the user; else it is the best row
+    pairs: list[dict[str, Any]]  # the other rows against the baseline
+
+
+def of(groups: Iterable[Sequence[runs.Run]], baseline: str | None = None) -> list[Section]:
+    """Compare the rows of runs.group with a baseline: by default the best row of those that are measured on its images.
+
+    baseline: a row's number, or words of its name. P-values are corrected for all comparisons of all sections.
+    Raises UserError where no row, or more than one, has this name.
+    """
+    by_images: dict[tuple[str, ...], list[Row]] = {}
+    for row in _rows(groups):
+        by_images.setdefault(row.runs[0].images, []).append(row)
+    counted = itertools.count(1)
+    sections = [[row._replace(number=next(counted)) for row in rows] for rows in by_images.values()]
+    chosen = _named(baseline, [row for rows in sections for row in rows]) if baseline else None
+    baselines = [chosen if chosen in rows else _best(rows) for rows in sections]
+    pairs = [_pairs(rows, of) for rows, of in zip(sections, baselines, strict=True)]
+    correct([pair for several in pairs for pair in several])
+    return [
+        Section(_images(rows, by_images), columns(rows), _common(rows), rows, of, of is chosen, found)
+        for rows, of, found in zip(sections, baselines, pairs, strict=True)
+    ]
+
+
+def report(folders: Sequence[Path], baseline: str | None = None) -> str:
+    """Return what compare.py prints of the finished runs in these folders. Raises UserError, of runs.read and of()."""
+    return text(of(runs.group(runs.read(folders)), baseline))
+
+
+# --- rows ------------------------------------------------------------------------------------------------
+
+
+def _rows(groups: Iterable[Sequence[runs.Run]]) -> list[Row]:
+    """Make the rows, the most accurate first, without their numbers."""
+    groups = list(groups)
+    facts = alike.flat([group[0].facts for group in groups])
+    rows = [
+        Row(0, name, each, list(group), runs.describe(group))
+        for name, each, group in zip(names(facts), facts, groups, strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row.figures["accuracy"])
+
+
+def names(every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name rows by their facts, in as few words as tell them apart: "cnn fast muon_lr=0.03".
+
+    A user can type these words. One row alone is named by its model and recipe.
+    """
+    base = [name for name in ("model", "recipe") if len({each[name] for each in every}) > 1]
+    found = [" ".join(str(each[name]) for name in base) for each in every]
+    for more in (_selection, alike.differing):
+        for name in {name for name in found if found.count(name) > 1}:
+            alike_in_name = [place for place, other in enumerate(found) if other == name]
+            kind = [every[place] for place in alike_in_name]
+            for place in alike_in_name:
+                words = [f"{_label(key)}={alike.text(key, every[place].get(key))}" for key in more(kind)]
+                found[place] = " ".join(filter(None, [name, *words]))
+    return [name or "{model} {recipe}".format(**each) for name, each in zip(found, every, strict=True)]
+
+
+def _selection(kind: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["select"] if len({each["select"] for each in kind}) > 1 else []
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Return the facts that a table shows: those that differ, but for what model, recipe and selection imply."""
+    facts = [row.facts for row in rows]
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for each in facts:
+        kinds.setdefault(tuple(each[name] for name in ("model", "recipe", "select")), []).append(each)
+    shown = {"select", "precision"}
+    shown |= {name for kind in kinds.values() for name in alike.differing(kind)}
+    shown |= {name for each in facts for name in _changed(each)}
+    differing = alike.differing(facts)
+    first = [name for name in ("model", "recipe") if name in differing]
+    return first + [name for name in differing if name in shown and name not in first]
+
+
+def _changed(facts: Mapping[str, Any]) -> list[str]:
+    """Return the values of a row that are not those of its recipe."""
+    usual, found = alike.flat([recipes.find(facts["recipe"], facts["model"])._asdict(), {"augment": {}}])[0], []
+    for name, value in facts.items():
+        is_value = name in recipes.Recipe._fields or name in usual
+        resolved = name == "precision" and usual[name] == "auto"
+        if is_value and not resolved and value != usual.get(name):
+            found.append(name)
+    return found
+
+
+def _common(rows: Sequence[Row]) -> str:
+    """Say what all rows share and a reader must know: model, recipe, and values that are not the recipe's."""
+    shown, (first, *_) = columns(rows), rows
+    words = [first.facts["model"]] if "model" not in shown else []
+    words += [f"recipe {first.facts['recipe']}"] if "recipe" not in shown else []
+    changed = [name for name in _changed(first.facts) if name not in alike.differing([row.facts for row in rows])]
+    return ", ".join([*words, *(f"{name}={alike.text(name, first.facts[name])}" for name in changed)])
+
+
+def _images(rows: Sequence[Row], every: Iterable[tuple[str, ...]]) -> str:
+    """Say on which images rows are measured."""
+    kind, data, *rest = rows[0].runs[0].images
+    said = ON.get(kind, FOLDS).format(folds=kind, data=data, n=rest[0] if rest else "")
+    several = [other for other in every if other[:2] == (kind, data)]
+    return said if len(several) < 2 else f"{said} ({' '.join(each[:8] for each in rest)})"
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, "images" if name == "data_sha256" else name)
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    """Return the most accurate row: of those that chose their epoch on other images, and with several runs, if any."""
+    candidates: Sequence[Row] = rows
+    for kept in ([row for row in rows if not row.is_optimistic], [row for row in rows if len(row.runs) > 1]):
+        candidates = [row for row in candidates if row in kept] or candidates
+    return candidates[0]
+
+
+def _named(baseline: str, rows: Sequence[Row]) -> Row:
+    """Return the row of that number, or the only row whose name has these words."""
+    words = set(baseline.split())
+    found = [row for row in rows if baseline in (str(row.number), row.name)]
+    found = found or [row for row in rows if words and words <= set(row.name.split())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = "; ".join(row.name for row in found[:4])
+        raise UserError(
+            f"--baseline {one_line(baseline)!r} fits {len(found)} rows: {some}: add words, or give a number"
+        )
+    near = difflib.get_close_matches(baseline, [row.name for row in rows], 1, 0.4)
+    said = f"did you mean {near[0]!r}?" if near else "rows are " + "; ".join(row.name for row in rows[:9])
+    raise UserError(f"--baseline: no row has the name or number {one_line(baseline)!r}: {said}")
+
+
+# --- differences -----------------------------------------------------------------------------------------
+
+
+def _pairs(rows: Sequence[Row], baseline: Row) -> list[dict[str, Any]]:
+    """Compare the other rows with the baseline, without a correction yet."""
+    accuracies = {row.number: {run.unit: run.accuracy for run in row.runs} for row in rows}
+    folds = alike.folds(baseline.runs[0].flags)
+    return [
+        {"row": row.number, "name": row.name, "against": baseline.number}
+        | pair(accuracies[row.number], accuracies[baseline.number], folds)
+        for row in rows
+        if row is not baseline
+    ]
+
+
+def pair(a: Mapping[alike.Unit, float], b: Mapping[alike.Unit, float], folds: str | None = None) -> dict[str, Any]:
+    """Compare two rows, accuracies by unit, over the units of both: metrics.paired; of less than two only {"n"}.
+
+    folds: of alike.folds. "seeds_needed" is how many show a difference of WORTH with a power of 80%, None above 1,000;
+    absent for folds, whose number is fixed.
+    """
+    units = sorted(a.keys() & b.keys())
+    if len(units) < 2:
+        return {"n": len(units)}
+    overlap = alike.overlap(units, folds)
+    found = metrics.paired([a[unit] for unit in units], [b[unit] for unit in units], overlap)
+    if found["p_value"] is None or overlap:
+        return found
+    return found | {"seeds_needed": metrics.seeds_needed(WORTH, found["sd"])}
+
+
+def correct(pairs: Sequence[dict[str, Any]]) -> None:
+    """Add "p_holm" to the pairs that were tested, by Holm's method over all of them, and to each "text"."""
+    tested = [each for each in pairs if each.get("p_value") is not None]
+    for each, p in zip(tested, metrics.holm([each["p_value"] for each in tested]), strict=True):
+        each["p_holm"] = p
+    for each in pairs:
+        each["text"] = sentence(each)
+
+
+def sentence(pair: Mapping[str, Any]) -> str:
+    """Say in plain words what a comparison shows."""
+    n = pair["n"]
+    if n < 2:
+        return f"no test is possible with {n or 'no'} run{'' if n == 1 else 's'} of a common seed"
+    difference, interval = 100 * pair["difference"], pair["ci95"]
+    if interval is None:
+        return f"{difference:+.2f} points for each of {n} seeds: no test is possible where all differences are equal"
+    low, high = (100 * end for end in interval)
+    p = f"p = {pair['p_holm']:.2g}" if pair["p_holm"] >= 1e-4 else "p < 0.0001"
+    if pair["p_holm"] < SIGNIFICANT:
+        word, low, high = ("better", low, high) if difference > 0 else ("worse", -high, -low)
+        return f"{word} by {abs(difference):.2f} points ({low:.2f} to {high:.2f}), {p}, n = {n}"
+    corrected = " after the correction" if pair["p_value"] < SIGNIFICANT else ""
+    return f"no difference shown at n = {n}{corrected} ({low:+.2f} to {high:+.2f} points, {p}){_advice(pair)}"
+
+
+def _advice(pair: Mapping[str, Any]) -> str:
+    """Say how many seeds show a difference that matters."""
+    if "seeds_needed" not in pair:
+        return ""
+    points, needed = f"{100 * WORTH:.1f} points", pair["seeds_needed"]
+    if needed is None:
+        return f"; a difference of {points} would need over 1,000 seeds"
+    if needed <= pair["n"]:
+        return f"; a difference of {points} would likely have shown"
+    return f"; a difference of {points} would need about {needed} seeds"
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+def text(sections: Sequence[Section]) -> str:
+    """Write the sections for a terminal: a table of each, its comparisons in words, and how to read them."""
+    blocks = []
+    for section in sections:
+        blocks.append(_wrapped(title(section)))
+        cells = table(section)
+        numbers = [row.number for row in section.rows]
+        blocks.append(lines.columns({name: [one_line(cell) for cell in each] for name, each in cells.items()}, numbers))
+        if section.pairs:
+            blocks.append("\n".join(map(_wrapped, _compared(section))))
+    return "\n\n".join([*blocks, *map(_wrapped, notes(sections))])
+
+
+def _wrapped(text: str) -> str:
+    """Break a text into lines, but not within "n = 5"."""
+    return lines.wrapped(one_line(text).replace(" = ", "\xa0=\xa0")).replace("\xa0=\xa0", " = ")
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """Write the same in Markdown, with the command of each row."""
+    blocks = []
+    for section in sections:
+        cells = {"": [str(row.number) for row in section.rows]} | table(section)
+        cells = {name: [tables.plain(cell) for cell in each] for name, each in cells.items()}
+        cells["`train.py` with"] = [tables.code(row.figures["command"]) for row in section.rows]
+        blocks.append(tables.plain(title(section)) + ".")
+        blocks.append(tables.table([*cells], [*zip(*cells.values(), strict=True)]).rstrip())
+        if section.pairs:
+            head, *said = map(tables.plain, _compared(section))
+            blocks.append("\n".join([head, "", *(f"- {line}" for line in said)]))
+    return "\n\n".join([*blocks, *map(tables.plain, notes(sections))]) + "\n"
+
+
+def table_of_runs(sections: Sequence[Section]) -> str:
+    """Write every run as a line of CSV, for pandas or R: its row, what differs, seed, fold, accuracy, cost and file."""
+    rows = [row for section in sections for row in section.rows]
+    shown = dict.fromkeys(["model", "recipe", *(name for section in sections for name in section.columns)])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    last = ["images", "seed", "fold", "accuracy", "seconds", "cores", "history"]
+    writer.writerow(["row", "name", *map(_label, shown), *last])
+    for row in rows:
+        values = [alike.text(name, row.facts.get(name)) for name in shown]
+        for run in row.runs:
+            measured = [run.images[0], run.unit.seed, run.flags.get("fold") or "", run.accuracy, run.seconds, run.cores]
+            writer.writerow([row.number, row.name, *values, *measured, cli.shown(run.path)])
+    return file.getvalue()
+
+
+def numbers(sections: Sequence[Section]) -> dict[str, Any]:
+    """Return everything as plain values, fit for JSON."""
+    return {
+        "runs": [
+            {"row": row.number, "name": row.name} | row.figures | {"accuracies": [run.accuracy for run in row.runs]}
+            for section in sections
+            for row in section.rows
+        ],
+        "comparisons": [pair for section in sections for pair in section.pairs],
+        "notes": notes(sections),
+    }
+
+
+def title(section: Section) -> str:
+    """Say what a section's table shows."""
+    n = {len(row.runs) for row in section.rows}
+    return ": ".join(filter(None, [section.common, section.images])) + (", mean ± SD" if n != {1} else "")
+
+
+def table(section: Section) -> dict[str, list[str]]:
+    """Return the columns of a section's table, title to cells."""
+    rows, figures = section.rows, [row.figures for row in section.rows]
+    found = {_label(name): [alike.text(name, row.facts.get(name)) for row in rows] for name in section.columns}
+    found["n"] = [str(each["n"]) for each in figures]
+    found["accuracy"] = [tables.accuracy(each) for each in figures]
+    if any("ci95" in each for each in figures):
+        found["95% interval"] = [tables.interval(each) for each in figures]
+    found["training"] = [tables.seconds(each) for each in figures]
+    if len({each["cores"] for each in figures}) > 1:
+        found["cores"] = [str(each["cores"]) for each in figures]
+    return found
+
+
+def _compared(section: Section) -> list[str]:
+    """Write the comparisons of a section, a heading first."""
+    best = "" if section.is_chosen else ", the best"
+    said = [f"Against {section.baseline.number}{best}: {section.baseline.name}"]
+    said += [f"{pair['row']} {pair['name']}: {pair['text']}" for pair in section.pairs if pair["n"] > 1]
+    if untested := [str(pair["row"]) for pair in section.pairs if pair["n"] < 2]:
+        few = f"fewer than 2 runs have a seed in common with {section.baseline.number}"
+        said.append(f"{', '.join(untested)}: no test is possible: {few}")
+    return said
+
+
+def notes(sections: Sequence[Section]) -> list[str]:
+    """Say how to read the comparisons, and what limits them."""
+    pairs, found = [pair for section in sections for pair in section.pairs], []
+    rows = [row for section in sections for row in section.rows]
+    if tested := [pair for pair in pairs if "p_holm" in pair]:
+        correction = f", with Holm's correction for {len(tested)} comparisons" if len(tested) > 1 else ""
+        found.append(
+            f"p: paired t test over common seeds, two-sided{correction}. Intervals of differences: 95%"
+            f"{', without correction' if correction else ''}. Seeds needed: for a power of 80%."
+        )
+    if any(pair["n"] < 2 for pair in pairs):
+        found.append(_more_seeds(sections))
+    if guessed := [each for each in sections if not each.is_chosen and any("p_holm" in pair for pair in each.pairs)]:
+        best = " and ".join(str(section.baseline.number) for section in guessed)
+        found.append(
+            f"Row {best} was chosen as the best after the results, which favours it: --baseline names another."
+        )
+    if any(row.is_optimistic for row in rows):
+        found.append("select=test chooses the best epoch on the images that are measured: too high an accuracy.")
+    if any(alike.overlap([run.unit for run in row.runs], row.figures.get("folds")) for row in rows):
+        found.append("Folds share training images; intervals and p allow for that (Nadeau and Bengio 2003).")
+    if len(sections) > 1:
+        found.append("Rows that are measured on different images are not compared with one another.")
+    return found
+
+
+def _more_seeds(sections: Sequence[Section]) -> str:
+    """Say how to train what a test lacks: the row with the fewest runs."""
+    section = next(each for each in sections if any(pair["n"] < 2 for pair in each.pairs))
+    row = min(section.rows, key=lambda row: len(row.runs))
+    command = f"{cli.command('train.py')} {row.figures['command']} --seed N --checkpoint-dir DIR"
+    has = f"Row {row.number} has {len(row.runs)}; more by"
+    return f"A test needs the same seeds in both rows, usually {USUAL}. {has} {command}"
