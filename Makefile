@@ -21,7 +21,8 @@ lint:
 
 figures:
 	$(python) analyze_errors.py --figures-dir docs/figures --export runs/audit
-	$(python) compare.py --figures-dir docs/figures --json docs/figures/frontier.json
+	$(python) compare.py runs --json docs/figures/frontier.json
+	cp figures/frontier.png docs/figures
 	$(python) evaluate.py checkpoints/best_*_fmnist.pt checkpoints/*/best_*_fmnist.pt --tta \
 	    --json docs/figures/evaluate.json
 	$(python) -m analysis.fashion_c

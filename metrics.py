@@ -189,8 +189,8 @@ def power(n: int, difference: float, sd: float, alpha: float = 0.05) -> float:
     from scipy.special import nctdtr, stdtrit
 
     limit, shift = float(stdtrit(n - 1, 1 - alpha / 2)), abs(difference) / sd * math.sqrt(n)
-    found = 1 - float(nctdtr(n - 1, shift, limit)) + float(nctdtr(n - 1, shift, -limit))
-    return 1.0 if math.isnan(found) else found  # SciPy cannot compute tails beyond what a float holds
+    tails = np.nan_to_num(nctdtr(n - 1, shift, [limit, -limit]))  # SciPy returns NaN for one that is all but 0
+    return float(1 - tails[0] + tails[1])
 
 
 def seeds_needed(difference: float, sd: float, least: float = 0.8) -> int | None:

@@ -82,14 +82,12 @@ def differing(every: Sequence[Mapping[str, Any]], leave_out: Collection[str] = (
 def differences(every: Sequence[Mapping[str, Any]], leave_out: Collection[str] = ()) -> list[str]:
     """Say for each of several facts where it differs from the others, except in the keys to leave out."""
     names = differing(every, leave_out)
-    return [", ".join(_words(name, each.get(name)) for name in names) for each in every]
+    return [", ".join(_words(name, each[name]) for name in names if name in each) for each in every]
 
 
 def _words(name: str, value: Any) -> str:
     label = LABELS.get(name, name.replace("_", " "))
-    if value is None:
-        return f"no {label}" if name == "folds" else f"{label} not recorded"
-    return f"{label} {text(name, value)}"
+    return f"{label} not recorded" if value is None else f"{label} {text(name, value)}"
 
 
 def text(name: str, value: Any) -> str:

@@ -159,8 +159,8 @@ def draw_frontier(
     literature = literature if several else []
     figure = blank(11 if several else 6)
     figure.suptitle(f"{what} against cost: mean of the runs, 95% interval", size=12)
-    below = [["parameters", "mflop"]] if several else []
-    panels = figure.subplot_mosaic([["seconds"] * 2, *below], width_ratios=[3, 2])
+    layout: list[Any] = [["seconds"] * 2, *([["parameters", "mflop"]] if several else [])]
+    panels = figure.subplot_mosaic(layout, width_ratios=[3, 2])
     for key, axes in panels.items():
         _draw_costs(axes, key, rows, literature if key == "parameters" else [], colours)
     low, high = zip(*(axes.get_ylim() for axes in panels.values()), strict=True)

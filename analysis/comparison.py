@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metrics
-import recipes
 from analysis import alike, lines, runs, tables
 from runtime import cli
 from runtime.errors import UserError, one_line
+from training.command import differences
 
 WORTH = 0.002  # a difference of accuracies, 0.2 points, that a reader may care about
 SIGNIFICANT = 0.05
@@ -126,21 +126,10 @@ def columns(rows: Sequence[Row]) -> list[str]:
         kinds.setdefault(tuple(each[name] for name in ("model", "recipe", "select")), []).append(each)
     shown = {"select", "precision"}
     shown |= {name for kind in kinds.values() for name in alike.differing(kind)}
-    shown |= {name for each in facts for name in _changed(each)}
+    shown |= {name for row in rows for name in differences(row.figures["model"], row.runs[0].flags)}
     differing = alike.differing(facts)
     first = [name for name in ("model", "recipe") if name in differing]
     return first + [name for name in differing if name in shown and name not in first]
-
-
-def _changed(facts: Mapping[str, Any]) -> list[str]:
-    """Return the values of a row that are not those of its recipe."""
-    usual, found = alike.flat([recipes.find(facts["recipe"], facts["model"])._asdict(), {"augment": {}}])[0], []
-    for name, value in facts.items():
-        is_value = name in recipes.Recipe._fields or name in usual
-        resolved = name == "precision" and usual[name] == "auto"
-        if is_value and not resolved and value != usual.get(name):
-            found.append(name)
-    return found
 
 
 def _common(rows: Sequence[Row]) -> str:
@@ -148,8 +137,10 @@ def _common(rows: Sequence[Row]) -> str:
     shown, (first, *_) = columns(rows), rows
     words = [first.facts["model"]] if "model" not in shown else []
     words += [f"recipe {first.facts['recipe']}"] if "recipe" not in shown else []
-    changed = [name for name in _changed(first.facts) if name not in alike.differing([row.facts for row in rows])]
-    return ", ".join([*words, *(f"{name}={alike.text(name, first.facts[name])}" for name in changed)])
+    differing = alike.differing([row.facts for row in rows])
+    changed = differences(first.figures["model"], first.runs[0].flags)
+    words += [f"{name}={alike.text(name, first.facts.get(name, False))}" for name in changed if name not in differing]
+    return ", ".join(words)
 
 
 def _images(rows: Sequence[Row], every: Iterable[tuple[str, ...]]) -> str:
@@ -184,7 +175,7 @@ def _named(baseline: str, rows: Sequence[Row]) -> Row:
         raise UserError(
             f"--baseline {one_line(baseline)!r} fits {len(found)} rows: {some}: add words, or give a number"
         )
-    near = difflib.get_close_matches(baseline, [row.name for row in rows], 1, 0.4)
+    near = difflib.get_close_matches(baseline, [part for row in rows for part in (row.name, *row.name.split())], 1)
     said = f"did you mean {near[0]!r}?" if near else "rows are " + "; ".join(row.name for row in rows[:9])
     raise UserError(f"--baseline: no row has the name or number {one_line(baseline)!r}: {said}")
 

@@ -13,13 +13,14 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_script
 from scipy.stats import t
 
-import compare
 import models
 import recipes
-from analysis import plots
-from analysis import runs as comparison
+from analysis import alike, comparison, tables
+from analysis.runs import collect, group, read
 from dataset.sources import CLASSES, NAME
+from runtime import cli
 from runtime.errors import UserError
+from training import command as commands
 from training.record import read_history
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
@@ -62,11 +63,11 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
     numbers = tmp_path / "numbers.json"
     finished = run_script("compare.py", runs, "--json", numbers, "--figures-dir", tmp_path / "figures")
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == ""
+    assert finished.stderr == "compare: left out runs that have not finished: 1 interrupted\n"
     written = json.loads(numbers.read_text())
-    mlp, cnn = written["runs"]
+    mlp, cnn = (next(row for row in written["runs"] if row["model"] == model) for model in ("mlp", "cnn"))
     values = np.array([0.80, 0.83, 0.82])
-    assert mlp["seeds"] == [0, 1, 2]
+    assert (mlp["seeds"], mlp["n"], mlp["accuracies"]) == ([0, 1, 2], 3, values.tolist())
     assert mlp["accuracy"] == pytest.approx(values.mean())
     assert mlp["sd"] == pytest.approx(values.std(ddof=1))
     assert mlp["ci95"] == pytest.approx(t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5))
@@ -74,26 +75,31 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, tmp_path):
     assert mlp["command"] == "--model mlp --epochs 3 --batch-size 32"
     assert (cnn["seeds"], "sd" in cnn) == ([0], False)
     assert (mlp["seconds"], mlp["cores"], cnn["cores"]) == (87, 2, 1)
-    assert "| published, 3 epochs, on sample |" in finished.stdout
-    assert "| **81.67 ± 1.53%** of 3 |" in finished.stdout
-    assert "| 1.4 min, float32 |" in finished.stdout
-    assert "float32, one core |" in finished.stdout
-    assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["frontier.png"]
-    assert compare.markdown(compare.collect(runs)) in finished.stdout
-    assert written["literature"] == compare.literature()
+    first = "recipe published, epochs=3, batch_size=32: test accuracy on the 500 test images"
+    assert finished.stdout.replace("\n    ", " ").startswith(first)
+    assert re.search(r"^ \d    mlp  3  81.67 ± 1.53%  77.87 to 85.46%   1.4 min      2$", finished.stdout, re.MULTILINE)
+    assert max(map(len, finished.stdout.splitlines()[:-1])) <= 80
+    for name in ("curves", "frontier"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len([*(tmp_path / "figures").iterdir()]) == 2
+    assert finished.stdout.startswith(comparison.report([runs]))
+    assert written["literature"] == tables.literature()
+    markdown = tables.markdown(collect([runs]))
+    assert "| published, 3 epochs, on sample |" in markdown
+    assert "| **81.67 ± 1.53%** of 3 |" in markdown
+    assert "| 1.4 min, float32 |" in markdown
 
 
 def test_the_literature_says_which_results_are_of_the_first_release():
     old = {"DenseNet-BC", "WRN-40-4", "WRN-28-10", "WRN-28-10, random erasing"}
-    assert {system["name"] for system in compare.literature() if system["old_release"]} == old
+    assert {system["name"] for system in tables.literature() if system["old_release"]} == old
     assert all(name in RESULTS for name in old)
 
 
 def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
-    rows = compare.collect(runs / "mlp-1", runs / "cnn-0", runs / "mlp-1" / ".." / "mlp-1")
+    rows = collect([runs / "mlp-1", runs / "cnn-0", runs / "mlp-1" / ".." / "mlp-1"])
     assert [(row["model"], row["seeds"]) for row in rows] == [("mlp", [1]), ("cnn", [0])]
-    assert compare.collect(runs, runs / "mlp-1") == compare.collect(runs)
+    assert collect([runs, runs / "mlp-1"]) == collect([runs])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,8 @@ def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
         ({"select": "last"}, {}, "--select last"),
         ({"epochs": 4}, {}, "| published, 4 epochs, on sample |"),
         ({"weight_decay": 0.1}, {}, "--set weight_decay=0.1"),
-        ({"fold": "2/5"}, {}, "--fold 2/5"),
+        ({"fold": "2/5"}, {}, "--fold K/5"),
+        ({"fold": "val"}, {}, ", folds val |"),
         ({"gone": 0.1}, {}, "none: recipes.py has changed"),
         ({}, {"data": "others"}, ", on others |"),
         ({}, {"train_images": 900}, ", training images 900 |"),
@@ -121,16 +128,16 @@ def test_a_folder_may_be_that_of_one_run_and_counts_once(runs):
 )
 def test_runs_that_differ_in_anything_else_are_other_rows(flags, changes, column, trained, runs):
     copy_run(trained, runs / "mlp-3", "mlp", flags, seed=3, **changes)
-    rows = [row for row in compare.collect(runs) if row["model"] == "mlp"]
+    rows = [row for row in collect([runs]) if row["model"] == "mlp"]
     assert sorted(row["seeds"] for row in rows) == [[0, 1, 2], [3]]
     (other,) = [
-        line for line, row in zip(compare.markdown(rows).splitlines()[2:], rows, strict=True) if row["seeds"] == [3]
+        line for line, row in zip(tables.markdown(rows).splitlines()[2:], rows, strict=True) if row["seeds"] == [3]
     ]
     assert column in other
-    names = [line.split("|")[1] for line in compare.brief(rows).splitlines()[2:]]
-    assert len({*names, *plots._row_names(rows)}) == 4  # no two rows look alike
+    names = [line.split("|")[1] for line in tables.brief(rows).splitlines()[2:]]
+    assert len({*names, *comparison.names(alike.flat([run[0].facts for run in group(read([runs]))]))}) == 5
     again = {row["seeds"][0]: row["differs"] for row in rows if "differs" in row}
-    assert not again or again[0] != again[3]
+    assert not again or again.get(0) != again.get(3)
 
 
 def test_the_number_of_processes_matters_to_batch_norm_alone(trained, tmp_path, monkeypatch):
@@ -139,7 +146,7 @@ def test_the_number_of_processes_matters_to_batch_norm_alone(trained, tmp_path, 
     for seed in (0, 1):
         for name in ("mlp", "norm"):
             copy_run(trained, tmp_path / f"{name}-{seed}", "mlp", name=name, seed=seed, processes=1 + seed)
-    rows = compare.collect(tmp_path)
+    rows = collect([tmp_path])
     assert [(row["model"], row["seeds"]) for row in rows] == [("mlp", [0, 1]), ("norm", [0]), ("norm", [1])]
     assert [row["differs"] for row in rows[1:]] == ["processes 1", "processes 2"]
 
@@ -150,16 +157,16 @@ def test_a_teacher_is_its_weights_and_not_the_name_of_its_file(trained, tmp_path
     for seed, each in enumerate(others):
         flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "teachers": [each]}
         copy_run(trained, tmp_path / f"mlp-{seed}", "mlp", flags, seed=seed)
-    rows = compare.collect(tmp_path)
+    rows = collect([tmp_path])
     assert [row["seeds"] for row in rows] == [[0, 1], [2]]
     assert rows[0]["command"].endswith(" --recipe distilled --precision auto --teacher a.pt")
 
 
 def test_the_same_run_twice_is_counted_once_with_a_notice(trained, runs, capsys):
     copy_run(trained, runs / "mlp-9", "mlp", seed=2, accuracy=0.99)
-    (mlp, _) = compare.collect(runs)
+    (mlp, _) = collect([runs])
     assert (mlp["seeds"], mlp["accuracy"]) == ([0, 1, 2], pytest.approx(2.45 / 3))
-    (notice,) = capsys.readouterr().err.splitlines()
+    _, notice = capsys.readouterr().err.splitlines()  # the first is of the unfinished run
     assert re.search("mlp-9.* skipped: .*mlp-2.* is a run of the same flags and seed", notice)
 
 
@@ -167,8 +174,8 @@ def test_runs_of_models_and_recipes_that_are_gone_are_named_once(trained, runs, 
     for number in range(2):
         copy_run(trained, runs / f"other-{number}", "mlp", name="other")
         copy_run(trained, runs / f"gone-{number}", "mlp", {"recipe": "gone"}, seed=number)
-    assert [row["model"] for row in compare.collect(runs)] == ["mlp", "cnn"]
-    (notice,) = capsys.readouterr().err.splitlines()
+    assert [row["model"] for row in collect([runs])] == ["mlp", "cnn"]
+    _, notice = capsys.readouterr().err.splitlines()  # the first is of the unfinished run
     assert notice.endswith("models.py and recipes.py do not have: mlp by gone, other by published")
     shutil.rmtree(runs / "mlp-0")
     assert_one_line_error(run_script("compare.py", runs / "other-0"), "do not have .* other by published")
@@ -188,7 +195,7 @@ def test_histories_of_every_version_are_compared(trained, runs):
         flags |= {"flip": False, "shift": 0, "erase": 0, "fused": False}
         run["classes"] = list(CLASSES)
         path.write_text(json.dumps(run | {"flags": flags, "data": NAME}))
-    assert compare.collect(runs)[0]["seeds"] == [0, 1, 2]
+    assert collect([runs])[0]["seeds"] == [0, 1, 2]
 
 
 def flags_of(recipe, model, **changes):
@@ -199,21 +206,21 @@ def flags_of(recipe, model, **changes):
 
 
 def test_a_command_repeats_its_row():
-    assert comparison.command("cnn", flags_of("published", "cnn", select="test")) == "--model cnn --select test"
-    assert comparison.command("cnn", flags_of("best", "cnn")) == "--model cnn --recipe best"
-    assert comparison.command("resnet", flags_of("best", "resnet")) == "--model resnet"
+    assert commands.command("cnn", flags_of("published", "cnn", select="test")) == "--model cnn --select test"
+    assert commands.command("cnn", flags_of("best", "cnn")) == "--model cnn --recipe best"
+    assert commands.command("resnet", flags_of("best", "resnet")) == "--model resnet"
     taught = flags_of("distilled", "mlp", teachers=[{"checkpoint": "a/best_cnn_fmnist.pt"}, {"checkpoint": "b.pt"}])
     told = "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
-    assert comparison.command("mlp", taught) == told
+    assert commands.command("mlp", taught) == told
     faster = flags_of("fast", "mlp", muon_lr=0.2, precision="bfloat16")  # --lr sets Muon's rate where there is one
-    assert comparison.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision bfloat16"
+    assert commands.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision bfloat16"
     other = flags_of("best", "mlp", lr=0.3, augment={"flip": 0.5, "shift": [1, 0.3]}, fold="2/5")
-    assert comparison.command("mlp", other) == (
+    assert commands.command("mlp", other) == (
         "--model mlp --recipe best --set lr=0.3 'shift=[1,0.3]' erase=false --fold 2/5"
     )
     for flags in (faster, other):
-        assert comparison.changed(flags) == {}
-    assert comparison.changed(flags_of("best", "mlp", augment={"gone": 1}, loss="gone")) == {"gone": 1, "loss": "gone"}
+        assert commands.changed(flags) == {}
+    assert commands.changed(flags_of("best", "mlp", augment={"gone": 1}, loss="gone")) == {"gone": 1, "loss": "gone"}
 
 
 def test_without_a_run_it_says_so(runs, tmp_path):
@@ -282,7 +289,7 @@ def test_an_edited_history_is_one_line(place, values, said, trained, tmp_path):
     for value in values:
         path.write_text(json.dumps(changed(run, place, value)))
         with pytest.raises(UserError, match=said) as error:
-            compare.collect(tmp_path)
+            collect([tmp_path])
         assert str(error.value).isprintable()
         assert re.search("mlp-0.*is no history of a run of train.py: .*; restore it, or move it away", str(error.value))
 
@@ -308,7 +315,7 @@ def test_a_file_that_is_no_history_is_one_line(content, said, tmp_path):
     path = tmp_path / "mlp-0" / "best_mlp_fmnist.json"
     path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=said):
-        compare.collect(tmp_path)
+        collect([tmp_path])
     if content is None:
         path.unlink()
         os.mkfifo(path)
@@ -319,10 +326,10 @@ def test_names_break_neither_the_table_nor_a_shell(trained, tmp_path):
     teacher = {"checkpoint": "a`.pt; ls", "sha256": "1" * 64, "model": "cnn", "select": "last"}
     flags = {"recipe": "distilled", **recipes.find("distilled", "mlp")._asdict(), "teachers": [teacher]}
     copy_run(trained, tmp_path / "mlp-0", "mlp", flags, data="a|b`<script>[c](d)\\", seconds=0)
-    rows = compare.collect(tmp_path)
+    rows = collect([tmp_path])
     assert rows[0]["command"].endswith(" --teacher 'a`.pt; ls'")
     assert rows[0]["seconds"] > 0  # as the figure needs
-    for table in (compare.markdown(rows), compare.brief(rows)):
+    for table in (tables.markdown(rows), tables.brief(rows)):
         assert r", on a\|b\`\<script>[c]\(d)\\" in table
         assert re.search("`` .*a`.pt; ls' `` ", table)
         assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
@@ -337,11 +344,11 @@ def committed(name):
 
 
 def test_the_results_page_has_the_table_of_the_runs(capsys):
-    rows = compare.collect(compare.RUNS)
+    rows = collect([cli.RUNS])
     assert capsys.readouterr().err == ""
-    assert compare.markdown(rows) in RESULTS
+    assert tables.markdown(rows) in RESULTS
     assert len(rows) == 13
-    for row, line in zip(rows, compare.brief(rows).splitlines()[2:], strict=True):
+    for row, line in zip(rows, tables.brief(rows).splitlines()[2:], strict=True):
         assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epochs")
         assert line.count("|") == 6
         assert f"| `python train.py {row['command']}` |" in line
@@ -349,9 +356,12 @@ def test_the_results_page_has_the_table_of_the_runs(capsys):
 
 def test_the_figures_numbers_are_those_of_the_runs():
     drawn = json.loads((ROOT / "docs" / "figures" / "frontier.json").read_text())
-    assert drawn["literature"] == compare.literature()
-    for old, row in zip(drawn["runs"], compare.collect(compare.RUNS), strict=True):
-        assert old == {key: pytest.approx(value) if key in ("ci95", "sd") else value for key, value in row.items()}
+    assert drawn["literature"] == tables.literature()
+    rows = {row["command"]: row for row in collect([cli.RUNS])}
+    assert len(drawn["runs"]) == len(rows)
+    for old in drawn["runs"]:
+        row = rows[old["command"]]
+        assert row == {key: pytest.approx(old[key]) if key in ("ci95", "sd") else old[key] for key in row}
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])

@@ -15,12 +15,13 @@ import pytest
 from conftest import ROOT, SAMPLE, run_script
 
 import checkpoint
-import compare
 import data
 import engine
 import metrics
 import models
-from analysis import composition, corruptions, fashion_c
+from analysis import composition, corruptions, fashion_c, tables
+from analysis.runs import collect
+from runtime.cli import RUNS
 from training.record import history_of
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -96,7 +97,7 @@ def test_the_readme_is_short_and_starts_with_a_command():
 
 
 def test_the_readme_shows_some_rows_of_the_comparison():
-    brief = compare.brief(compare.collect(compare.RUNS)).splitlines()
+    brief = tables.brief(collect([RUNS])).splitlines()
     table = [line for line in README.splitlines() if line.startswith("|")]
     assert table[:2] == brief[:2]
     assert len(table) == 8

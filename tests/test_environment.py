@@ -206,6 +206,7 @@ def cases(locked):
     yield "analyze_errors.py", "--figures-dir", locked.parent, "--export", locked / "new"
     yield "compare.py", "--figures-dir", locked / "new"
     yield "compare.py", "--json", locked / "a.json"
+    yield "compare.py", "--markdown", locked / "a.md"
     yield "bench.py", "--figures-dir", locked
     yield "export.py", locked / CNN.name
     yield "export.py", CNN, "--output", locked / "a.onnx"
@@ -270,7 +271,7 @@ def test_commands_are_those_that_work_here(tmp_path, monkeypatch):
     assert cli.command("train.py") == f"'my venv/bin/python' {ROOT}/train.py"
 
 
-ALLOWED = {"cli": "pip install", "compare": "python train.py"}  # the latter in the tables of README.md and docs
+ALLOWED = {"cli": "pip install", "tables": "python train.py"}  # the latter in the tables of README.md and docs
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, assert_one_line_error, run_script, six_views
+from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support
 
 import checkpoint
@@ -104,6 +105,25 @@ def test_means_are_of_checkpoints_that_differ_in_their_seed_alone(trained, tmp_p
         assert words in means[number]["differs"]
         assert words in " ".join(finished.stdout.split())
     assert len({mean["differs"] for mean in means}) == 5
+    assert "+0.00 points for each of 2 seeds: no test is possible" in " ".join(finished.stdout.split())
+
+
+def test_means_are_compared_over_common_seeds(trained, sample):
+    loaded = evaluation.load([trained[0] / "best_mlp_fmnist.pt"], checkpoint.Bare())
+    (one,) = evaluation.answer(loaded, sample["test"], False, False)
+    result = evaluation.describe(one, sample["test"])
+    flags, accuracies = result["training"]["flags"], {0.001: [0.7, 0.8, 0.75, 0.9], 0.002: [0.8, 0.81, 0.77]}
+    results = [
+        result | {"accuracy": accuracy, "training": result["training"] | {"seed": seed, "flags": flags | {"lr": lr}}}
+        for lr, row in accuracies.items()
+        for seed, accuracy in enumerate(row)
+    ]
+    groups = evaluation.alike_but_for_seed(results)
+    (pair,) = evaluation.pairs(groups)
+    assert (pair["name"], pair["against"], pair["n"]) == ("lr=0.001", "lr=0.002", 3)
+    assert pair["p_value"] == pair["p_holm"] == pytest.approx(ttest_rel([0.7, 0.8, 0.75], [0.8, 0.81, 0.77]).pvalue)
+    assert [mean["n"] for mean in evaluation.spread(groups)] == [4, 3]
+    assert evaluation.pairs(groups[:1]) == []
 
 
 def test_images_that_only_call_themselves_published_are_other_data(sample):

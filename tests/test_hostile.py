@@ -38,7 +38,8 @@ import models
 import predict
 import recipes
 import train
-from analysis import classify, composition, corruptions, mistakes, plots, trainings
+from analysis import classify, composition, corruptions, mistakes, plots, tables, trainings
+from analysis.runs import collect
 from dataset import sources
 from pictures import worker
 from runtime import cli, weights
@@ -653,7 +654,7 @@ def json_cases(folder, count, chance, wrong):
     def read_history():
         if not 0.01 <= classify.temperature_of(path) <= 100:
             wrong.append(path.with_suffix(".json").read_bytes()[:500])
-        compare.markdown(compare.collect(folder))
+        tables.markdown(collect([folder]))
         if (found := record.history_of(path)) and chance.random() < 0.1:  # it takes a tenth of a second
             plots.training_curves(found)
 
@@ -864,6 +865,7 @@ NONSENSE = {
     bench: st.one_of(one_of("--quick"), TEXT.map(lambda text: ["--", text])),
     compare: st.one_of(
         below_a_file("--figures-dir"),
+        TEXT.filter(lambda text: not text.endswith(".md")).map(lambda text: [f"--markdown={text}"]),
         TEXT.filter(lambda text: not text.endswith(".json")).map(lambda text: [f"--json={text}"]),
         TEXT.map(lambda text: ["--", f"no such folder {text}"]),
     ),

@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import compare
 import data
 import engine
-from analysis import plots
+from analysis import alike, charts, comparison, plots, runs, tables
+from runtime import cli
 
 FIGURES = ROOT / "docs" / "figures"
 CHECKPOINTS = ROOT / "checkpoints"
@@ -118,24 +118,60 @@ def test_curves_name_a_loss_of_ones_own(monkeypatch):
     assert figure.axes[0].get_ylabel() == "squared hinge loss (training)\ncross-entropy (validation)"
 
 
-def test_the_frontier_names_every_point_in_a_free_place():
-    rows, literature = compare.collect(compare.RUNS), compare.literature()
-    figure = plots.frontier(rows, literature)
+@pytest.fixture(scope="module")
+def shipped():
+    return runs.group(runs.read([cli.RUNS]))
+
+
+def test_the_frontier_names_every_point_in_a_free_place(shipped):
+    sections = comparison.of(shipped)
+    figure, literature = charts.frontier(sections), tables.literature()
     texts = drawn(figure)
-    ours = [f"{row['model']}, {row['recipe']}" for row in rows if row["select"] != "test"]
+    ours = {f"{row.figures['model']} {row.figures['recipe']}" for row in sections[0].rows}
+    assert len(ours) == 11
     assert all(texts.count(name) == 3 for name in ours)  # a panel each for seconds, parameters and operations
     assert all(texts.count(system["name"]) == 1 for system in literature)
     assert {"hollow: float32", "filled: bfloat16", "literature"} <= set(texts)
     assert "literature, data before the re-release of 2017-08-31" in texts
+    assert "Runs that select their epoch on the test images are left out." in texts
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
         assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
 
 
-def test_runs_that_differ_in_their_epochs_have_different_names():
-    rows = [row for row in compare.collect(compare.RUNS) if row["recipe"] == "best" and row["model"] == "cnn"]
-    texts = drawn(plots.frontier([*rows, rows[0] | {"epochs": 7, "seconds": 20.0}], []))
-    assert {"cnn, best, 100 epochs", "cnn, best, 7 epochs"} <= set(texts)
+def test_too_many_curves_are_those_of_the_rows_with_the_most_runs(shipped):
+    sections = comparison.of(shipped)
+    texts = drawn(charts.curves(sections))
+    assert "9 of 13 rows: those with the most runs" in texts[0] + texts[-1]
+    assert texts.count("cnn published select=val") == 2
+    assert not any("resnet" in text for text in texts)  # of three runs each
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_curves_show_the_mean_and_name_every_row_apart(count, shipped):
+    (run, *_) = next(group for group in shipped if group[0].model == "mlp")
+    groups = [
+        [
+            run._replace(
+                unit=alike.Unit(seed),
+                facts=run.facts | {"lr": 1 / (number + 1)},
+                epochs=[row | {"select_accuracy": row["select_accuracy"] - 0.01 * seed} for row in run.epochs],
+            )
+            for seed in (0, 2)
+        ]
+        for number in range(count)
+    ]
+    figure = charts.curves(comparison.of(groups))
+    texts = drawn(figure)
+    assert any(text.startswith("Validation images") for text in texts)
+    for axes in figure.axes:
+        assert len(axes.lines) == count
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead there
+        assert len(boxes) == count
+        assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
+        assert all(box.x1 <= figure.bbox.width and box.x0 > axes.bbox.x1 for box in boxes)
+    mean = [row["select_accuracy"] - 0.01 for row in run.epochs]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), mean)
 
 
 def test_the_bench_shows_all_programs():
