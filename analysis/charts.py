@@ -26,6 +26,7 @@ MOST = len(COLOURS)  # rows that a reader can tell apart
 MOST_NAMED = 20  # rows in a chart that names each point
 GAP = 0.06  # between two names, of the height of a panel
 LABELS = {("train", "loss"): "loss, as each row defines it", ("select", "loss"): "cross-entropy, nats"}
+LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}  # from the name's left
 COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
 
 
@@ -68,6 +69,8 @@ def frontier(sections: Sequence[comparison.Section]) -> Figure | None:
     said = []
     if len(rows) < len(section.rows):
         said.append(f"Runs that select their epoch on the {'test' if is_test else 'held-out'} images are left out.")
+    if len(sections) > 1:
+        said.append("Rows that are measured on other images are left out.")
     if len(rows) > MOST_NAMED:
         said.append(f"These are the {MOST_NAMED} most accurate of {len(rows)} rows.")
     rows = rows[:MOST_NAMED]
@@ -126,8 +129,8 @@ def _name_curves(axes: Axes, ends: Sequence[tuple[int, float]], names: Sequence[
     heights = _apart([(y - low) / (high - low) for _, y in ends], GAP)
     for end, height, name, colour in zip(ends, heights, names, COLOURS, strict=False):
         axes.annotate(
-            shortened(name, 40), end, (1.03, height), textcoords="axes fraction", color=colour, size=9, va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+            shortened(name, 40), end, (1.06, height), textcoords="axes fraction", color=colour, size=9, va="center",
+            arrowprops=LEADER | {"color": colour},
         )  # fmt: skip
 
 

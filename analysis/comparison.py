@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def of(groups: Iterable[Sequence[runs.Run]], baseline: str | None = None) -> lis
     for row in _rows(groups):
         by_images.setdefault(row.runs[0].images, []).append(row)
     counted = itertools.count(1)
-    sections = [[row._replace(number=next(counted)) for row in rows] for rows in by_images.values()]
+    ordered = sorted(by_images.items(), key=lambda each: each[0][0] != "test")  # first what is measured on a test set
+    sections = [[row._replace(number=next(counted)) for row in rows] for _, rows in ordered]
     chosen = _named(baseline, [row for rows in sections for row in rows]) if baseline else None
     baselines = [chosen if chosen in rows else _best(rows) for rows in sections]
     pairs = [_pairs(rows, of) for rows, of in zip(sections, baselines, strict=True)]
@@ -104,18 +106,15 @@ def names(every: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     base = [name for name in ("model", "recipe") if len({each[name] for each in every}) > 1]
     found = [" ".join(str(each[name]) for name in base) for each in every]
-    for more in (_selection, alike.differing):
+    for keys in (("select",), ("folds",), None):  # the first two change the numbers of images, too
         for name in {name for name in found if found.count(name) > 1}:
-            alike_in_name = [place for place, other in enumerate(found) if other == name]
-            kind = [every[place] for place in alike_in_name]
-            for place in alike_in_name:
-                words = [f"{_label(key)}={alike.text(key, every[place].get(key))}" for key in more(kind)]
+            kind = [place for place, other in enumerate(found) if other == name]
+            differing = alike.differing([every[place] for place in kind])
+            differing = [key for key in differing if key in (keys or differing)]
+            for place in kind:
+                words = [f"{_label(key)}={alike.text(key, every[place].get(key))}" for key in differing]
                 found[place] = " ".join(filter(None, [name, *words]))
     return [name or "{model} {recipe}".format(**each) for name, each in zip(found, every, strict=True)]
-
-
-def _selection(kind: Sequence[Mapping[str, Any]]) -> list[str]:
-    return ["select"] if len({each["select"] for each in kind}) > 1 else []
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -266,8 +265,8 @@ def text(sections: Sequence[Section]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Break a text into lines, but not within "n = 5"."""
-    return lines.wrapped(one_line(text).replace(" = ", "\xa0=\xa0")).replace("\xa0=\xa0", " = ")
+    """Break a text into lines, but not within "n = 5" and "p < 0.0001"."""
+    return lines.wrapped(re.sub(" ([=<]) ", "\xa0\\1\xa0", one_line(text))).replace("\xa0", " ")
 
 
 def markdown(sections: Sequence[Section]) -> str:
@@ -339,10 +338,18 @@ def _compared(section: Section) -> list[str]:
     best = "" if section.is_chosen else ", the best"
     said = [f"Against {section.baseline.number}{best}: {section.baseline.name}"]
     said += [f"{pair['row']} {pair['name']}: {pair['text']}" for pair in section.pairs if pair["n"] > 1]
-    if untested := [str(pair["row"]) for pair in section.pairs if pair["n"] < 2]:
+    if untested := [pair["row"] for pair in section.pairs if pair["n"] < 2]:
         few = f"fewer than 2 runs have a seed in common with {section.baseline.number}"
-        said.append(f"{', '.join(untested)}: no test is possible: {few}")
+        said.append(f"{_ranges(untested)}: no test is possible: {few}")
     return said
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers in short: "2, 5 to 9"."""
+    runs = [
+        [each for _, each in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def notes(sections: Sequence[Section]) -> list[str]:
@@ -357,11 +364,10 @@ def notes(sections: Sequence[Section]) -> list[str]:
         )
     if any(pair["n"] < 2 for pair in pairs):
         found.append(_more_seeds(sections))
-    if guessed := [each for each in sections if not each.is_chosen and any("p_holm" in pair for pair in each.pairs)]:
-        best = " and ".join(str(section.baseline.number) for section in guessed)
-        found.append(
-            f"Row {best} was chosen as the best after the results, which favours it: --baseline names another."
-        )
+    guessed = [each for each in sections if not each.is_chosen and any("p_holm" in pair for pair in each.pairs)]
+    if guessed:
+        best = " and ".join(f"row {section.baseline.number}" for section in guessed)
+        found.append(f"The best is chosen after the results, which favours {best}: --baseline names another.")
     if any(row.is_optimistic for row in rows):
         found.append("select=test chooses the best epoch on the images that are measured: too high an accuracy.")
     if any(alike.overlap([run.unit for run in row.runs], row.figures.get("folds")) for row in rows):
