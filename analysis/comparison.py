@@ -275,7 +275,7 @@ def markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         cells = {"": [str(row.number) for row in section.rows]} | table(section)
         cells = {name: [tables.plain(cell) for cell in each] for name, each in cells.items()}
-        cells["`train.py` with"] = [tables.code(row.figures["command"]) for row in section.rows]
+        cells["`train.py` with"] = [tables.command(row.figures, "") for row in section.rows]
         blocks.append(tables.plain(title(section)) + ".")
         blocks.append(tables.table([*cells], [*zip(*cells.values(), strict=True)]).rstrip())
         if section.pairs:
@@ -301,12 +301,14 @@ def table_of_runs(sections: Sequence[Section]) -> str:
 
 
 def numbers(sections: Sequence[Section]) -> dict[str, Any]:
-    """Return everything as plain values, fit for JSON."""
+    """Return everything as plain values, fit for JSON. A unit is seed and fold, or 0 without folds."""
+    rows = [row for section in sections for row in section.rows]
     return {
         "runs": [
-            {"row": row.number, "name": row.name} | row.figures | {"accuracies": [run.accuracy for run in row.runs]}
-            for section in sections
-            for row in section.rows
+            {"row": row.number, "name": row.name, "images": row.runs[0].images[0]}
+            | row.figures
+            | {"units": [[*run.unit] for run in row.runs], "accuracies": [run.accuracy for run in row.runs]}
+            for row in rows
         ],
         "comparisons": [pair for section in sections for pair in section.pairs],
         "notes": notes(sections),
@@ -381,6 +383,7 @@ def _more_seeds(sections: Sequence[Section]) -> str:
     """Say how to train what a test lacks: the row with the fewest runs."""
     section = next(each for each in sections if any(pair["n"] < 2 for pair in each.pairs))
     row = min(section.rows, key=lambda row: len(row.runs))
-    command = f"{cli.command('train.py')} {row.figures['command']} --seed N --checkpoint-dir DIR"
-    has = f"Row {row.number} has {len(row.runs)}; more by"
-    return f"A test needs the same seeds in both rows, usually {USUAL}. {has} {command}"
+    said = f"A test needs the same seeds in both rows, usually {USUAL}. Row {row.number} has {len(row.runs)}"
+    if row.figures["changed"]:
+        return f"{said}."
+    return f"{said}; more by {cli.command('train.py')} {row.figures['command']} --seed N --checkpoint-dir DIR"

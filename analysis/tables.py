@@ -53,7 +53,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"{mean} of {row['n']}",
                 interval(row),
                 _duration(row, row["precision"]),
-                _command(row, ""),
+                command(row, ""),
             ]
         )
     return table(head, lines)
@@ -68,7 +68,7 @@ def brief(rows: Sequence[dict[str, Any]]) -> str:
         chosen = "" if usual else f", best epoch chosen on {recipes.SELECTIONS[row['select']].chosen}"
         published = f" (published result: {row['published']:.2%})" if row["published"] else ""
         name = f"{row['model']}, {_recipe(row)}{chosen}{published}"
-        lines.append([name, accuracy(row), len(row["seeds"]), _duration(row), _command(row, "python train.py ")])
+        lines.append([name, accuracy(row), len(row["seeds"]), _duration(row), command(row, "python train.py ")])
     return table(head, lines)
 
 
@@ -118,7 +118,8 @@ def _duration(row: dict[str, Any], *details: str) -> str:
     return ", ".join([seconds(row), *details, *(["one core"] if row["cores"] == 1 else [])])
 
 
-def _command(row: dict[str, Any], script: str) -> str:
+def command(row: dict[str, Any], script: str) -> str:
+    """Write the flags of train.py that repeat a row, after the words of a script."""
     return "none: recipes.py has changed" if row["changed"] else code(f"{script}{row['command']}")
 
 
