@@ -22,7 +22,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         default=[cli.RUNS, cli.CHECKPOINTS],
         metavar="FOLDER",
-        help="folders with runs of train.py, at any depth (default: runs and checkpoints; a run in both counts once)",
+        help="folders with runs of train.py, at any depth (default: runs but not runs/deep, and checkpoints; a run in "
+        "both counts once)",
     )
     parser.add_argument(
         "--baseline",

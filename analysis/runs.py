@@ -95,11 +95,15 @@ def _differences(rows: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def find(folder: Path) -> Iterator[Path]:
-    """Yield the histories of runs in a folder and below it, except in hidden folders; of earlier runs last."""
+    """Yield the histories of runs in a folder and below it, of earlier runs last.
+
+    It leaves out hidden folders, and the trainings of analyze_errors.py --deep unless they are asked for.
+    """
     found, seen = [], set()
     for name, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(name)
-        folders[:] = [] if real in seen else [each for each in folders if not each.startswith(".")]
+        entered = [each for each in folders if not each.startswith(".") and Path(name, each) != cli.DEEP]
+        folders[:] = [] if real in seen else entered
         found += [] if real in seen else [Path(name, each) for each in names if NAMES.fullmatch(each)]
         seen.add(real)
     yield from sorted(found, key=lambda path: (path.parent, path.stem.count("."), path.name))
