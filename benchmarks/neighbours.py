@@ -6,7 +6,6 @@ A neighbour computes without a pause on one core. It ends by itself after LONGES
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.worker import Worker
+from runtime import cli
 
 COUNTS = (1, 3)  # neighbours
 LONGEST = 300  # seconds
@@ -63,7 +63,7 @@ def measure(
 
 def fair() -> dict[str, float]:
     """Return the ratio of an epoch beside so many neighbours, by fair sharing of the cores, and of "two" at once."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cli.cores()
     return {str(count): (count + cores) / cores for count in COUNTS} | {"two": 2.0}
 
 

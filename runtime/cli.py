@@ -199,6 +199,22 @@ def install(requirements: str = "requirements-optional.txt") -> str:
     return f"{python()} -m pip install -r {shlex.quote(relative(ROOT / requirements))}"
 
 
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(jobs: int) -> None:
+    """Let each of several trainings use its share of the cores. To be called before PyTorch is loaded.
+
+    OMP_NUM_THREADS stays as it is where the user has set it.
+    """
+    if jobs > (here := cores()):
+        print(f"--jobs {jobs}: with {here} cores, trainings will wait for each other", file=sys.stderr)
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, here // jobs)))
+
+
 def print_error(text: str) -> None:
     """Print an error that ends all processes, once: torchrun ends the others when the first process is gone."""
     if OTHER_PROCESS:

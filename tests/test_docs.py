@@ -27,7 +27,7 @@ from training.record import history_of
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README = (ROOT / "README.md").read_text()
 FIGURES = ROOT / "docs" / "figures"
-SCRIPTS = ("train", "evaluate", "analyze_errors", "predict", "compare", "demo", "export", "bench")
+SCRIPTS = ("train", "evaluate", "analyze_errors", "predict", "compare", "sweep", "demo", "export", "bench")
 SHIPPED = {  # checkpoints/: runs/
     "best_mlp_fmnist.pt": "mlp-val-0",
     "best_cnn_fmnist.pt": "cnn-val-0",

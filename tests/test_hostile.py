@@ -37,6 +37,7 @@ import export
 import models
 import predict
 import recipes
+import sweep
 import train
 from analysis import classify, composition, corruptions, mistakes, plots, tables, trainings
 from analysis.runs import collect
@@ -876,6 +877,17 @@ NONSENSE = {
         TEXT.map(lambda text: [f"--json={text}"]),
         DEVICE,
     ).map(lambda flags: [str(SAMPLE), *flags]),
+    sweep: st.one_of(
+        *(whole(flag, 1, 10_000) for flag in ("--seeds", "--trials", "--jobs")),
+        whole("--folds", 2, 1000),
+        one_of("--judge", "val", "40k/20k"),
+        one_of("--recipe", *recipes.RECIPES),
+        TEXT.map(lambda text: [f"--set=no {text}"]),
+        TEXT.map(lambda text: [f"--search=no={text}"]),
+        TEXT.map(lambda text: [f"--search=lr=no {text}"]),
+        below_a_file("--dir"),
+        DEVICE,
+    ).map(lambda flags: MODEL + flags),
     demo: st.one_of(whole("--port", 1, 65_535), TEXT.map(lambda text: ["--", f"no such file {text}"]), DEVICE),
     export: st.one_of(
         TEXT.map(lambda text: ["--", f"no such file {text}"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"train", "evaluate", "analyze_errors", "predict", "compare", "demo", "export", "bench", "hubconf"}
+SCRIPTS = {"train", "evaluate", "analyze_errors", "predict", "compare", "demo", "export", "bench", "hubconf", "sweep"}
 LAYERS = (  # a module imports from the layers below it, and within its own room
     SCRIPTS,
     {"analysis", "benchmarks"},

@@ -98,6 +98,20 @@ def find(request: Request, target: torch.device, stack: contextlib.ExitStack) ->
     return _new_run(request, target)
 
 
+def new(request: Request) -> Plan:
+    """Plan a run from its beginning, whatever its folder holds. Raises UserError where it cannot be trained so."""
+    plan = _new_run(request, device.pick_device(request.device))
+    _try_augmentations(plan.flags["augment"], "--set")
+    return plan
+
+
+def splits_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the splits of data.load that a run of these flags reads. A fold run does not read the test set."""
+    if flags["fold"]:
+        return ("train+val",)
+    return ("train", "val", "test") if flags["select"] == "val" else ("train+val", "test")
+
+
 def _asked_for(request: Request, target: torch.device, own: recipes.Recipe) -> dict[str, Any]:
     """Collect the flags that were given, by the names under which a run records them. own: the recipe they change."""
     recipe = settings.change(own, request.settings)

@@ -29,20 +29,21 @@ from runtime import cli, device, distributed
 from runtime.errors import UserError, one_line
 from training import distill, held_out, record, trial
 from training.board import Board
-from training.plan import Plan, Request, find
+from training.plan import Plan, Request, find, splits_of
 from training.record import Record, RunError, history_path, unfinished_path
 
 GIVEN_UP = 3  # what run() returns where its caller gave the run up
 
 Watch = Callable[[Mapping[str, Any]], bool | None]
+Load = Callable[..., list[data.Split]]
 
 
-def run(request: Request, watch: Watch | None = None) -> int:
+def run(request: Request, watch: Watch | None = None, load: Load = data.load) -> int:
     """Begin or resume a run, to its end or to a stop. Returns the exit code.
 
     watch(row) is called with the row of each epoch, once that is recorded. Where it returns True, the run is given up:
     its status stays "interrupted", it cannot be resumed, and GIVEN_UP is returned.
-    Raises UserError for a request that cannot be met.
+    load: data.load, or one that keeps the images for the next run. Raises UserError for a request that cannot be met.
     """
     if request.model not in models.MODELS:
         raise UserError(f"--model {request.model!r}: the models here are {', '.join(models.MODELS)}")
@@ -57,13 +58,13 @@ def run(request: Request, watch: Watch | None = None) -> int:
         if not plan:
             print(f"the run of {cli.shown(request.path)} has finished; without --resume, another begins")
             return 0
-        return Run(request, target, plan, watch).carry_out()
+        return Run(request, target, plan, watch, load).carry_out()
 
 
 class Run:
     """A planned run, set up: carry_out() trains, measures and summarises it."""
 
-    def __init__(self, request: Request, target: torch.device, plan: Plan, watch: Watch | None):
+    def __init__(self, request: Request, target: torch.device, plan: Plan, watch: Watch | None, load: Load):
         self.request, self.device, self.plan, self.watch = request, target, plan, watch
         self.given_up = False
         self.recipe = recipes.Recipe(**{key: plan.flags[key] for key in recipes.Recipe._fields})
@@ -73,14 +74,13 @@ class Run:
         device.keep_freed_memory()
         if plan.flags["deterministic"]:
             device.make_deterministic()
-        self._load_data()
+        self._load_data(load)
         self._build()
 
-    def _load_data(self) -> None:
+    def _load_data(self, load: Load) -> None:
         """Load the splits; in a fold run, the held-out images take the place of the test set, which is not read."""
         fold, select = self.plan.flags["fold"], self.recipe.select
-        names = ["train+val"] if fold else ["train", "val", "test"] if select == "val" else ["train+val", "test"]
-        found = data.load(*names, data_dir=self.request.data_dir, other_data=self.request.other_data)
+        found = load(*splits_of(self.plan.flags), data_dir=self.request.data_dir, other_data=self.request.other_data)
         self.fingerprint = functools.cache(functools.partial(data.fingerprint, *found))
         if fold:
             found, self.held_out = data.hold_out(found[0], fold, select)

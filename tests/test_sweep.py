@@ -1,0 +1,327 @@
+"""sweep.py: runs are named, checked, shared among processes, and survive whatever cuts them off."""
+
+import contextlib
+import json
+import multiprocessing.forkserver
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import mean
+
+import pytest
+from conftest import SAMPLE, _script, assert_one_line_error, in_a_fork, run_script, start_fork
+
+import recipes
+from runtime.errors import UserError
+from training import pool, space, sweeps
+from training.plan import Request
+
+TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
+GRID = ("--model", "mlp", "--set", "batch_size=16", "epochs=3", "lr=0.001,0.004", "--seeds", 2)
+SEARCH = ("--model", "mlp", "--recipe", "fast", "--set", "epochs=2", "--trials", 3)
+SPACE = ("--search", "muon_lr=log:0.01..0.2", "batch_size=64,128")
+
+
+def share_the_forkserver():
+    """Let sweep.py start its workers by the forkserver of the tests, in which PyTorch is loaded."""
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+
+
+def start(log, *arguments):
+    """Start sweep.py on the sample in a new process, which prints to the file `log`."""
+    words = [str(word) for word in (*arguments, "--data-dir", SAMPLE)]
+    return start_fork(log, _script, "sweep.py", words, share_the_forkserver)
+
+
+def sweep(*arguments):
+    """The finished process of sweep.py on the sample."""
+    return run_script("sweep.py", *arguments, "--data-dir", SAMPLE, before=share_the_forkserver)
+
+
+def outcome(folder):
+    """What runs have left, by file, without the times and the logs; a search's trials and results too."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", "journal.log")]
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    for name in [name for name in contents if name.endswith(".json")]:
+        history = json.loads(contents[name])
+        for part in (history, *history["epochs"]):
+            for key in TIMES:
+                part.pop(key, None)
+        contents[name] = history
+    return contents
+
+
+def workers(folder):
+    """The processes that train a run below a folder now, by its name."""
+    found = {}
+    for path in folder.rglob(".claim"):
+        with contextlib.suppress(ProcessLookupError):
+            if pid := pool.lease_on(path).pid:
+                os.kill(pid, 0)
+                found[path.parent.name] = pid
+    return found
+
+
+def wait_until(true, process, seconds=30):
+    until = time.monotonic() + seconds
+    while not true() and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The folder, the output and the outcome of a grid that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("expected")
+    finished = sweep(*GRID, "--dir", folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder, finished.stdout, outcome(folder)
+
+
+# --- a grid ----------------------------------------------------------------------------------------------
+
+
+def test_a_grid_trains_each_combination_in_a_folder_with_its_name(expected):
+    folder, said, files = expected
+    names = {
+        f"mlp-published-batch_size=16-epochs=3-lr={lr}-seed={seed}" for lr in ("0.001", "0.004") for seed in (0, 1)
+    }
+    assert {path.name for path in folder.iterdir()} == names
+    assert {name.split("/")[1] for name in files} == {"best_mlp_fmnist.pt", "best_mlp_fmnist.json"}
+    for name in names:
+        history = files[f"{name}/best_mlp_fmnist.json"]
+        assert f"lr={history['flags']['lr']}-seed={history['seed']}" in name
+        assert f"{name}: {history['test']['accuracy']:.2%}" in said
+        assert "test accuracy" in (folder / name / "log.txt").read_text()
+    assert re.search(r"lr.*\n.*0\.00[14] +2 ", said)  # the table of compare.py: n = 2
+
+
+def test_finished_runs_are_not_trained_again(expected):
+    folder, *_ = expected
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = sweep(*GRID, "--dir", folder, "--jobs", 2)
+    assert again.returncode == 0
+    assert "4 of 4 runs have ended before" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def cut_off(folder, kind, after):
+    """Start the grid, and after so many seconds of training kill its process or its worker, or press Ctrl-C."""
+    log, before = folder.with_suffix(".log"), set(workers(folder).values())
+    process = start(log, *GRID, "--dir", folder)
+    wait_until(lambda: {*workers(folder).values()} - before, process)
+    time.sleep(after)
+    if kind == "a worker":
+        for pid in workers(folder).values():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.3)  # in which the worker is replaced
+    with contextlib.suppress(ProcessLookupError):  # the sweep has ended before
+        os.kill(process.pid, signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL)
+    process.join(60)
+    if kind == "Ctrl-C" and process.exitcode:
+        assert process.exitcode == 130
+        assert "the same command goes on" in log.read_text()
+        assert not workers(folder)  # all have saved themselves and ended
+
+
+def test_a_sweep_that_is_cut_off_at_any_moment_ends_with_the_same_bits(expected, tmp_path, tries, tally):
+    lost, wrong, moments = [], [], random.Random(0)
+    for number in range(tries):
+        for kind in ("its process", "a worker", "Ctrl-C"):
+            cut_off(tmp_path / f"cut{number}", kind, moments.uniform(0, 0.5))
+        finished = sweep(*GRID, "--dir", tmp_path / f"cut{number}", "--jobs", 2)
+        lost += [finished.stderr] if finished.returncode else []
+        wrong += [number] if outcome(tmp_path / f"cut{number}") != expected[2] else []
+    tally("a sweep's process or worker killed, or Ctrl-C", 3 * tries, lost, wrong)
+
+
+def test_two_processes_share_a_folder_and_one_goes_on_when_the_other_dies(expected, tmp_path):
+    words = (*GRID, "--dir", tmp_path / "shared")
+    one, other = (start(tmp_path / f"log{number}", *words) for number in range(2))
+    wait_until(lambda: len(workers(tmp_path / "shared")) == 2, one)
+    held = workers(tmp_path / "shared")
+    one.kill()
+    other.join(60)
+    assert other.exitcode == 0
+    assert outcome(tmp_path / "shared") == expected[2]
+    for log in (tmp_path / "shared").glob(
+        "*/log.txt"
+    ):  # each run was begun once, but for what the dead one had in hand
+        assert log.read_text().count("test accuracy") == 1
+        assert log.read_text().count("parameters on") == 1 or log.parent.name in held
+
+
+def test_a_run_that_cannot_be_trained_does_not_stop_the_others(tmp_path):
+    words = ("--model", "mlp", "--set", "epochs=1", "lr=0.001,1e37", "--dir", tmp_path)
+    for _ in range(2):  # the second time it is not tried again
+        finished = sweep(*words)
+        assert finished.returncode == 1
+        assert re.search(r"lr=1e[+]37-seed=0 failed: .*loss.* to try again, delete ", finished.stderr)
+        assert "n = 1" in finished.stdout or re.search(r"lr=0.001|mlp", finished.stdout)
+    assert (tmp_path / "mlp-published-epochs=1-lr=0.001-seed=0" / "best_mlp_fmnist.pt").exists()
+    assert (tmp_path / "mlp-published-epochs=1-lr=1e+37-seed=0" / "log.txt").read_text().count("parameters on") == 1
+
+
+def is_free(folder):
+    with pool.Claims().claim(folder) as claimed:
+        return claimed
+
+
+class Deadly(sweeps.Grid):
+    """A grid in which one run kills the process that trains it."""
+
+    def carry_out(self, job):
+        if job.request.seed == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().carry_out(job)
+
+
+def ends_of_a_deadly_grid(folder):
+    share_the_forkserver()
+    plan = Deadly(sweeps.grid(Request("mlp", data_dir=SAMPLE, other_data=True), folder, ["epochs=1"], range(2)))
+    return pool.carry_out(plan, 1), plan.states()
+
+
+def test_a_run_whose_process_dies_again_and_again_counts_as_failed(tmp_path):
+    code, states = in_a_fork(ends_of_a_deadly_grid, tmp_path)
+    first, second = states.values()
+    assert code == 0
+    assert re.match("its process died 3 times", first.failure)
+    assert second.accuracy
+
+
+def test_a_claim_of_another_machine_is_free_once_it_shows_no_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "LEASE", 0.3)
+    with pool.Claims().claim(tmp_path) as claimed:
+        assert claimed
+        record = (tmp_path / ".claim").read_text()
+        with ThreadPoolExecutor() as threads:
+            assert not threads.submit(is_free, tmp_path).result()
+    (tmp_path / ".claim").write_text(re.sub("host=.*", "host=elsewhere", record))
+    claims, taken = pool.Claims(), []
+    begun = time.monotonic()
+    while not taken and time.monotonic() - begun < 10:
+        with claims.claim(tmp_path) as claimed:
+            taken += [time.monotonic() - begun] if claimed else []
+    assert taken[0] > 0.25
+
+
+# --- a search --------------------------------------------------------------------------------------------
+
+
+def trials(folder):
+    """The values and results of the trials in a folder, read by Optuna itself."""
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "search-mlp-fast-val" / "journal.log"))
+    study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+    return [(trial.state.name, trial.params, trial.value, trial.intermediate_values) for trial in study.trials]
+
+
+def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which_one_dies(tmp_path):
+    finished = sweep(*SEARCH, *SPACE, "--dir", tmp_path / "whole")
+    assert finished.returncode == 0, finished.stderr
+    whole = trials(tmp_path / "whole")
+    assert [state for state, *_ in whole] == ["COMPLETE"] * 3
+    assert all(value == steps[2] and len(steps) == 2 for *_, value, steps in whole)  # the last epoch counts
+    best = max(range(3), key=lambda number: whole[number][2])
+    assert f"the best of 3 trials is trial-{best:03}: epochs=2 muon_lr=" in finished.stdout
+    assert f"in the search, one seed: {whole[best][2]:.2%}" in finished.stdout
+    files = outcome(tmp_path / "whole")
+    runs = [files[name] for name in files if "confirm" in name and name.endswith(".json")]
+    means = {}
+    for values in {run["flags"]["muon_lr"] for run in runs}:
+        same = [run for run in runs if run["flags"]["muon_lr"] == values]
+        assert sorted(run["seed"] for run in same) == [1, 2, 3, 4, 5]  # the trials had seed 0
+        assert {(run["flags"]["fold"], run["flags"]["select"]) for run in same} == {("val", "last")}
+        means[values] = mean(run["test"]["accuracy"] for run in same)
+    assert len(means) == 2
+    assert all(f"{value:.2%} ± " in finished.stdout for value in means.values())
+
+    confirmed = "search-mlp-fast-val/confirm"  # whose runs are those of a grid, which another test kills
+    shutil.copytree(tmp_path / "whole" / confirmed, tmp_path / "shared" / confirmed)
+    words = (*SEARCH, *SPACE, "--dir", tmp_path / "shared")
+    one, other = (start(tmp_path / f"log{number}", *words) for number in range(2))
+    wait_until(lambda: len(workers(tmp_path / "shared")) == 2, one)
+    one.kill()
+    other.join(60)
+    assert other.exitcode == 0, (tmp_path / "log1").read_text()
+    assert trials(tmp_path / "shared") == whole
+    assert outcome(tmp_path / "shared") == files
+
+    more = sweep(*SEARCH, "--search", "muon_lr=log:0.01..0.2", "--dir", tmp_path / "whole")
+    assert_one_line_error(more, "holds a search of another space: give this search another --dir")
+
+
+def test_the_values_to_search_are_checked():
+    recipe = recipes.find("fast", "cnn")
+    words = ["lr=log:1e-4..1e-1 epochs=1..3", "batch_size=128,256", "shift=0..3", "flip=0..0.5", "warmup=0..1"]
+    among = space.parse(words, recipe)
+    assert among["lr"] == space.Range(1e-4, 0.1, log=True, whole=False)
+    assert among["batch_size"] == [128, 256]
+    assert [name for name, each in among.items() if isinstance(each, space.Range) and each.whole] == [
+        "epochs",
+        "shift",
+    ]
+    for word, message in {
+        "lr=log:0..1": "a log range begins above 0",
+        "lr=2..1": "2 is not below 1",
+        "lr=0..x": "lr",
+        "epochs=0..3": "epochs is 0",
+        "batch_sise=1..2": "did you mean batch_size",
+        "precision=float16..float32": "a range is of numbers",
+        "lr=1..2..3": "LOW..HIGH",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            space.parse([word], recipe)
+
+
+# --- names and mistakes ----------------------------------------------------------------------------------
+
+
+def test_a_folder_is_named_by_what_was_set(tmp_path):
+    base = Request("cnn", recipe="fast", fold="2/5")
+    words = ["shift=[1,0.3],2", "flip=false", "augment={}"]
+    jobs = sweeps.grid(base, tmp_path, words, [3])
+    names = [job.name for job in jobs]
+    assert re.fullmatch(r"cnn-fast-shift=1,0\.3-flip=false-augment=[0-9a-f]{8}-fold=2of5-seed=3", names[0])
+    assert "shift=2-" in names[1]
+    assert all(job.folder == tmp_path / job.name and job.epochs == 2 for job in jobs)
+    folds = sweeps.grid(Request("mlp"), tmp_path, [], range(2), folds=3)
+    assert [(job.request.seed, job.request.fold) for job in folds][2:4] == [(0, "3/3"), (1, "1/3")]
+
+
+MISTAKES = {
+    "--set muon_lrr=1": "did you mean muon_lr",
+    "--set lr=fast": "lr is",
+    "--set lr=0.1,0.1": "twice",
+    "--set shift=true": "write shift=",
+    "--judge test --seeds 2": "--judge test.*val or 40k/20k",
+    "--search lr=0..1 --judge test": "--judge test.*val or 40k/20k",
+    "--search lr=0..1 --seeds 3": "--seeds",
+    "--search lr=1..0": "1 is not below 0",
+    "--search lr=0..1 --set lr=0.1": "leave one out",
+    "--trials 3": "--trials is of a --search",
+    "--folds 3 --judge val": "leave one out",
+    "--recipe distilled": "--teacher",
+    "--data-dir /nowhere": "/nowhere",
+    "--dir README.md/sweeps": "README.md",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(words, tmp_path):
+    finished = run_script("sweep.py", "--model", "mlp", "--dir", tmp_path, "--data-dir", SAMPLE, *words.split())
+    assert_one_line_error(finished, MISTAKES[words])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(expected, tmp_path):
+    name = "mlp-published-batch_size=16-epochs=3-lr=0.001-seed={}"
+    shutil.copytree(expected[0] / name.format(1), tmp_path / name.format(0))
+    before = outcome(tmp_path)
+    assert_one_line_error(sweep(*GRID, "--dir", tmp_path), name.format(0), "holds a run of another seed: .* --dir")
+    assert outcome(tmp_path) == before

@@ -1,0 +1,323 @@
+"""Worker processes that train many runs, together with every other process that works on the same folder.
+
+code = pool.carry_out(sweeps.Grid(jobs), jobs=2)
+
+A worker claims a run by a lease on a file in its folder, trains it, and looks for the next. So any number of processes
+on any number of machines share the runs of a folder that all can write. The claim of a process that has died on this
+machine is free at once; that of another machine once it has shown no sign of life for LEASE seconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import SoftFileLease, Timeout
+from tqdm import tqdm
+
+from engine import TrainingError
+from runtime import cli
+from runtime.errors import UserError, one_line
+from training.sweeps import Job, State
+from training.trial import TrialError
+
+LEASE = 60.0  # seconds; all processes that share a folder must agree on it
+POLL = 0.25  # seconds between two looks
+DEATHS = 3  # of the process that trains a run, until the run counts as failed
+LOST = 75  # exit code of a worker whose claim another machine has taken
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+class Work(Protocol):
+    """What is to be trained: sweeps.Grid, or search.Search. All processes agree on it by what is in the folders."""
+
+    def settled(self) -> bool:
+        """Say whether nothing is left to do."""
+
+    def open(self) -> Iterator[Job]:
+        """Yield the runs that somebody still has to train, those that have begun first."""
+
+    def is_open(self, job: Job) -> bool:
+        """Say whether a run that has just been claimed still has to be trained."""
+
+    def carry_out(self, job: Job) -> int:
+        """Train a claimed run to its end or to a stop. Returns the exit code."""
+
+    def states(self) -> dict[str, State]:
+        """Return how far each run is, by its name."""
+
+    def epochs(self) -> tuple[int, int]:
+        """Count the epochs that have been trained, or need not be any more, and those of all runs."""
+
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+
+class Claims:
+    """The leases of one process. One object sees for how long another machine's lease shows no sign of life."""
+
+    def __init__(self) -> None:
+        self._leases: dict[Path, SoftFileLease] = {}
+
+    @contextlib.contextmanager
+    def claim(self, folder: Path) -> Iterator[bool]:
+        """Claim a folder while the context lasts. Yields whether it was free."""
+        lease = self._leases.setdefault(folder, lease_on(folder / ".claim"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lease.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lease.release()
+
+
+def lease_on(path: Path) -> SoftFileLease:
+    """Make the lease by which processes take turns at what a file stands for."""
+    return SoftFileLease(path, lease_duration=LEASE, thread_local=False, on_compromise=_leave)
+
+
+def _leave(_: Any) -> None:
+    """End this process at once: another one has its claim, and they must not both write."""
+    os._exit(LOST)
+
+
+# --- a worker --------------------------------------------------------------------------------------------
+
+
+def _work(work: Work, parent: Connection) -> None:
+    """Carry out runs until none is left, or until the parent closes the connection or is gone."""
+    for number in (signal.SIGINT, cli.HANGUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent hears them, and closes the connection
+    _print_to(Path(os.devnull))
+    threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
+    claims = Claims()
+    with cli.StopSignals() as signals, contextlib.suppress(BrokenPipeError):
+        try:
+            while signals.code is None and not work.settled():
+                if not _take_one(work, claims, parent):
+                    parent.send(("at", None))
+                    time.sleep(POLL)
+        except (UserError, OSError) as error:
+            parent.send(("error", one_line(error)))
+        except Exception:
+            parent.send(("bug", traceback.format_exc()))
+    sys.exit(signals.code)
+
+
+def _stop_with(parent: Connection) -> None:
+    """Ask the run in hand to save itself and end, once the parent closes the connection or is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    while True:  # again and again: a run that is just beginning does not hear the first one
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+
+def _take_one(work: Work, claims: Claims, parent: Connection) -> bool:
+    """Claim a run and carry it out. Returns whether there was one to claim."""
+    for job in work.open():
+        with claims.claim(job.folder) as claimed:
+            if claimed and work.is_open(job):
+                parent.send(("at", job))
+                _carry_out(work, job)
+                return True
+    return False
+
+
+def _carry_out(work: Work, job: Job) -> None:
+    """Train a run, which prints to its log. A run that cannot be trained is noted as failed; the others go on.
+
+    Raises UserError and OSError, with the run's name, for what would stop the other runs too.
+    """
+    _print_to(job.folder / "log.txt")
+    try:
+        work.carry_out(job)
+    except (TrainingError, TrialError) as error:
+        _fail(job, error)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise UserError(f"{job.name}: {one_line(error)}") from error
+    except Exception as error:  # a bug, say in a model: of the other runs it may be none
+        traceback.print_exc()
+        _fail(job, f"{type(error).__name__}: {error}")
+    finally:
+        _print_to(Path(os.devnull))
+
+
+def _fail(job: Job, why: object) -> None:
+    print(why, file=sys.stderr)
+    job.fail(str(why))
+
+
+def _print_to(path: Path) -> None:
+    """Let what this process prints go to the end of a file."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for descriptor in (1, 2):
+        os.dup2(target, descriptor)
+    os.close(target)
+
+
+# --- the parent ------------------------------------------------------------------------------------------
+
+
+def carry_out(work: Work, jobs: int) -> int:
+    """Carry out work with so many workers, and show how far it is. Returns 0, or the exit code after a signal.
+
+    Raises UserError where a run meets what would stop the others too: no space on the disk, say.
+    """
+    with cli.StopSignals() as signals, Pool(work, jobs) as workers, contextlib.closing(Progress(work)) as progress:
+        while signals.code is None and not work.settled():
+            workers.tend()
+            progress.show(workers.are_idle())
+            time.sleep(POLL)
+        progress.show()
+    if signals.code is None:
+        return 0
+    states = work.states().values()
+    ended = sum(state.settled for state in states)
+    print(f"stopped and saved: {ended} of {len(states)} runs have ended; the same command goes on", file=sys.stderr)
+    return signals.code
+
+
+class _Worker:
+    """A process, the connection to it, and the run that it trains: None before its first, and while it finds none."""
+
+    def __init__(self, context: Any, work: Work):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(work, theirs))
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+        self.is_idle = False
+
+    def listen(self) -> None:
+        """Read what the worker has said. Raises UserError for what it could not go on with."""
+        with contextlib.suppress(EOFError, OSError):
+            while self.connection.poll():
+                kind, content = self.connection.recv()
+                if kind == "error":
+                    raise UserError(content)
+                if kind == "bug":
+                    raise RuntimeError(f"in a worker:\n{content}")
+                self.job, self.is_idle = content, content is None
+
+
+class Pool:
+    """A number of workers. Leaving the context stops them; a run in hand saves itself first."""
+
+    def __init__(self, work: Work, jobs: int):
+        self.work = work
+        self._deaths: Counter[str] = Counter()
+        self._context: Any = multiprocessing.get_context(METHOD)
+        if METHOD == "forkserver":
+            self._context.set_forkserver_preload([__name__])  # PyTorch is loaded once
+        self._workers = [_Worker(self._context, work) for _ in range(0 if work.settled() else jobs)]
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        try:
+            for worker in self._workers:
+                worker.process.join()
+        except KeyboardInterrupt:
+            for worker in self._workers:
+                worker.process.kill()
+            raise
+
+    def are_idle(self) -> bool:
+        """Say whether no worker has found a run to train."""
+        return all(worker.is_idle for worker in self._workers)
+
+    def tend(self) -> None:
+        """Hear all workers, and replace those that have died. Raises UserError for what none can go on with."""
+        for place, worker in enumerate(self._workers):
+            code = worker.process.exitcode  # before the last words are read
+            worker.listen()
+            if code:
+                if code not in (LOST, 128 + signal.SIGTERM):
+                    self._count(worker, code)
+                self._workers[place] = _Worker(self._context, self.work)
+
+    def _count(self, worker: _Worker, code: int) -> None:
+        """Count a death; after some of them the run counts as failed, so that it does not stop the others."""
+        name = worker.job.name if worker.job else ""
+        self._deaths[name] += 1
+        if self._deaths[name] < DEATHS:
+            return
+        memory = "; is the memory too small?" if code == -signal.SIGKILL else ""
+        why = f"its process died {DEATHS} times, with exit code {code}{memory}"
+        if not worker.job:
+            raise UserError(f"no worker can begin: {why}")
+        if self.work.is_open(worker.job):
+            worker.job.fail(why)
+
+
+class Progress:
+    """A bar over the epochs of all runs, and a line for each run that ends, whoever trains it."""
+
+    BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} epochs  ETA {remaining}"
+
+    def __init__(self, work: Work):
+        self.work = work
+        self._said = {name for name, state in work.states().items() if state.settled}
+        self._waits = False
+        done, total = work.epochs()
+        if self._said:
+            print(f"{len(self._said)} of {len(work.states())} runs have ended before", flush=True)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            disable=None,  # where stderr is no terminal
+            dynamic_ncols=True,
+            bar_format=self.BAR,
+            smoothing=0,
+        )
+
+    def show(self, waits: bool = False) -> None:
+        """Show what has changed. waits: whether all that is left is trained by other processes."""
+        states = self.work.states()
+        for name, state in states.items():
+            if state.settled and name not in self._said:
+                self._said.add(name)
+                self._write(f"[{len(self._said)}/{len(states)}] {name}: {_ending(state)}")
+        left = [name for name, state in states.items() if not state.settled]
+        if waits and left and not self._waits:
+            self._write(f"waiting for other processes, which train {', '.join(left)}")
+        self._waits = waits
+        done, self._bar.total = self.work.epochs()
+        self._bar.set_description_str(f"{len(self._said)}/{len(states)} runs", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def _ending(state: State) -> str:
+    if state.failure:
+        return f"failed: {state.failure}"
+    accuracy = "" if state.accuracy is None else f"{state.accuracy:.2%}"
+    seconds = "" if state.seconds is None else f"in {state.seconds:.1f} s"
+    return " ".join(filter(None, (accuracy, seconds, state.note)))
