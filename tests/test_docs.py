@@ -36,13 +36,16 @@ SHIPPED = {  # checkpoints/: runs/
     "distilled/best_cnn_fmnist.pt": "cnn-distilled-0",
     "robust/best_cnn_fmnist.pt": "cnn-robust-2",
 }
-# Flags of pip, pytest, ruff and unshare; and of all.
-OF_TOOLS = {"--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net"}
+# Flags of pip, pytest, ruff, unshare and Slurm; and of all.
+OF_TOOLS = {
+    "--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net", "--array",
+    "--cpus-per-task", "--time",
+}  # fmt: skip
 OF_TORCHRUN = {
     "--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--local-addr",
     "--master-addr",
 }  # fmt: skip
-OF_DATA_FOLDERS = {"classes.txt"}  # files that a page names and the repository does not hold
+OF_DATA_FOLDERS = {"classes.txt", "failed.txt"}  # files that a page names and the repository does not hold
 
 
 def page(name):
