@@ -38,8 +38,8 @@ SHIPPED = {  # checkpoints/: runs/
 }
 # Flags of pip, pytest, ruff, unshare and Slurm; and of all.
 OF_TOOLS = {
-    "--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net", "--array",
-    "--cpus-per-task", "--time",
+    "--index-url", "--require-hashes", "--tries", "--report", "--check", "--help", "--map-root-user", "--net",
+    "--array", "--cpus-per-task", "--time",
 }  # fmt: skip
 OF_TORCHRUN = {
     "--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--local-addr",

@@ -50,7 +50,7 @@ class Work(Protocol):
         """Say whether a run that has just been claimed still has to be trained."""
 
     def carry_out(self, job: Job) -> int:
-        """Train a claimed run to its end or to a stop. Returns the exit code."""
+        """Train a claimed run. Returns 0 at its end, else the exit code after a signal."""
 
     def states(self) -> dict[str, State]:
         """Return how far each run is, by its name."""
@@ -91,6 +91,7 @@ def lease_on(path: Path) -> SoftFileLease:
 
 def _leave(_: Any) -> None:
     """End this process at once: another one has its claim, and they must not both write."""
+    os.write(2, b"another process has taken over this run: it goes on there\n")
     os._exit(LOST)
 
 
@@ -103,18 +104,18 @@ def _work(work: Work, parent: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent hears them, and closes the connection
     _print_to(Path(os.devnull))
     threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
-    claims = Claims()
+    claims, code = Claims(), None
     with cli.StopSignals() as signals, contextlib.suppress(BrokenPipeError):
         try:
-            while signals.code is None and not work.settled():
-                if not _take_one(work, claims, parent):
+            while not (signals.code or code) and not work.settled():
+                if (code := _take_one(work, claims, parent)) is None:
                     parent.send(("at", None))
                     time.sleep(POLL)
         except (UserError, OSError) as error:
             parent.send(("error", one_line(error)))
         except Exception:
             parent.send(("bug", traceback.format_exc()))
-    sys.exit(signals.code)
+    sys.exit(signals.code or code)
 
 
 def _stop_with(parent: Connection) -> None:
@@ -126,25 +127,24 @@ def _stop_with(parent: Connection) -> None:
         time.sleep(1)
 
 
-def _take_one(work: Work, claims: Claims, parent: Connection) -> bool:
-    """Claim a run and carry it out. Returns whether there was one to claim."""
+def _take_one(work: Work, claims: Claims, parent: Connection) -> int | None:
+    """Claim a run and carry it out. Returns 0, the exit code after a signal, or None where there was none to claim."""
     for job in work.open():
         with claims.claim(job.folder) as claimed:
             if claimed and work.is_open(job):
                 parent.send(("at", job))
-                _carry_out(work, job)
-                return True
-    return False
+                return _carry_out(work, job)
+    return None
 
 
-def _carry_out(work: Work, job: Job) -> None:
+def _carry_out(work: Work, job: Job) -> int:
     """Train a run, which prints to its log. A run that cannot be trained is noted as failed; the others go on.
 
-    Raises UserError and OSError, with the run's name, for what would stop the other runs too.
+    Returns 0, or the exit code after a signal. Raises UserError, with the run's name, for what would stop the others.
     """
     _print_to(job.folder / "log.txt")
     try:
-        work.carry_out(job)
+        return work.carry_out(job)
     except (TrainingError, TrialError) as error:
         _fail(job, error)
     except (UserError, OSError) as error:
@@ -155,6 +155,7 @@ def _carry_out(work: Work, job: Job) -> None:
         _fail(job, f"{type(error).__name__}: {error}")
     finally:
         _print_to(Path(os.devnull))
+    return 0
 
 
 def _fail(job: Job, why: object) -> None:
@@ -231,10 +232,12 @@ class Pool:
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for worker in self._workers:
             worker.connection.close()
         try:
+            if kind is KeyboardInterrupt:  # Ctrl-C for the second time
+                raise KeyboardInterrupt
             for worker in self._workers:
                 worker.process.join()
         except KeyboardInterrupt:

@@ -169,7 +169,7 @@ class Search:
         return not self.trials()[_number(job)].state.is_finished()
 
     def carry_out(self, job: Job) -> int:
-        """Train a trial to its end or to a stop, and record its result. Returns the exit code."""
+        """Train a trial, and record its result. Returns 0 at its end, else the exit code after a signal."""
         number = _number(job)
         if job.failure:  # noted when it was tried before
             self.study.tell(number, state=_state_named("FAIL"))
@@ -185,7 +185,8 @@ class Search:
         code = run.run(job.request, watch, sweeps.load)
         if code == run.GIVEN_UP:
             self.study.tell(number, state=_state_named("PRUNED"))
-        elif code == 0 and (history := job.history()):
+            return 0
+        if code == 0 and (history := job.history()):
             self.study.tell(number, history["epochs"][-1]["select_accuracy"])
         return code
 
@@ -204,7 +205,7 @@ class Search:
         return State(
             epochs=len(trial.intermediate_values),
             settled=ended,
-            failure="it cannot be trained: log.txt says why" if kind == "FAIL" else None,
+            failure=self.job(trial).failure or "log.txt says why" if kind == "FAIL" else None,
             accuracy=trial.value,
             note=" ".join(words) + (", given up: below the median" if kind == "PRUNED" else ""),
         )
@@ -221,7 +222,7 @@ class Search:
         """Return the trial with the highest accuracy. Raises UserError where none has ended."""
         ended = [trial for trial in self.trials() if trial.state.name == "COMPLETE"]
         if not ended:
-            raise UserError(f"no trial of {self.folder} has ended with an accuracy: their log.txt say why")
+            raise UserError(f"no trial of {cli.shown(self.folder)} could be trained: search among other values")
         return max(ended, key=lambda trial: trial.value)
 
     def confirming(self) -> list[Job]:
@@ -273,8 +274,8 @@ class Search:
 
 def _described(what: str, accuracies: Mapping[int, float]) -> str:
     described = metrics.spread(list(accuracies.values()))
-    sd = f" ± {described['sd']:.2%}" if "sd" in described else ""
-    return f"{what}: {described['mean']:.2%}{sd}, n = {described['n']}"
+    sd = f" ± {100 * described['sd']:.2f}" if "sd" in described else ""
+    return f"{what}: {100 * described['mean']:.2f}{sd}%, n = {described['n']}"
 
 
 def _difference(found: Sequence[float], own: Sequence[float]) -> str:

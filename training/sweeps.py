@@ -119,7 +119,7 @@ class Grid:
         return not self.state(job).settled
 
     def carry_out(self, job: Job) -> int:
-        """Train a run to its end or to a stop. Returns the exit code."""
+        """Train a run. Returns 0 at its end, else the exit code after a signal."""
         return run.run(job.request, load=load)
 
 
@@ -214,7 +214,7 @@ class Facts:
             planned = plan.new(request)
         names = plan.splits_of(planned.flags)
         if names not in self._images:
-            splits = data.load(*names, data_dir=request.data_dir, other_data=request.other_data)
+            splits = load(*names, data_dir=request.data_dir, other_data=request.other_data)
             self._images[names] = {"data": splits[0].source, "data_sha256": data.fingerprint(*splits)}
         origin = {"model": request.model, "seed": planned.seed, "code": code_key(request.model)}
         return {**planned.flags, **origin, **self._images[names]}
