@@ -290,6 +290,11 @@ def test_a_folder_is_named_by_what_was_set(tmp_path):
     assert re.fullmatch(r"cnn-fast-shift=1,0\.3-flip=false-augment=[0-9a-f]{8}-fold=2of5-seed=3", names[0])
     assert "shift=2-" in names[1]
     assert all(job.folder == tmp_path / job.name and job.epochs == 2 for job in jobs)
+    many = [
+        f"{name}=0.{'1234567' * 4}" for name in ("lr", "warmup", "dropout", "label_smoothing", "prune", "temperature")
+    ]
+    (job,) = sweeps.grid(Request("cnn"), tmp_path, many, [0])
+    assert re.fullmatch(r"cnn-published-6-values-[0-9a-f]{8}-seed=0", job.name)
     folds = sweeps.grid(Request("mlp"), tmp_path, [], range(2), folds=3)
     assert [(job.request.seed, job.request.fold) for job in folds][2:4] == [(0, "3/3"), (1, "1/3")]
 

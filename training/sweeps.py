@@ -31,6 +31,7 @@ from training import plan, record, run, settings
 from training.plan import Request
 
 LONGEST = 40  # characters of a value in the name of a folder
+LONGEST_NAME = 150  # of all values there; most file systems allow 255 bytes of a name
 OTHER = {"code": "other model code", "data_sha256": "other images", "data": "other data"}
 
 
@@ -188,15 +189,21 @@ def name_of(request: Request) -> str:
     """Name a run by all that was set, such as "cnn-fast-muon_lr=0.03-flip=false-seed=2"."""
     name, _ = recipe_of(request)
     words = [f"{key}={_short(settings.written(key, value), len(key) + 1)}" for key, value in request.settings.items()]
-    fold = [f"fold={request.fold.replace('/', 'of')}"] if request.fold else []
-    return "-".join([request.model, name, *words, *fold, f"seed={request.seed}"])
+    values = "-".join(words)
+    values = values if len(values) <= LONGEST_NAME else f"{len(words)}-values-{_digest(values)}"
+    fold = f"fold={request.fold.replace('/', 'of')}" if request.fold else ""
+    return "-".join(filter(None, [request.model, name, values, fold, f"seed={request.seed}"]))
 
 
 def _short(written: str, start: int) -> str:
     """Return the value of a setting as a part of a file's name; of a long or odd one its SHA-256."""
     text = written[start:]
     plain = text.removeprefix("[").removesuffix("]") if "," in text else text
-    return plain if re.fullmatch(rf"[\w.,+-]{{1,{LONGEST}}}", plain) else hashlib.sha256(text.encode()).hexdigest()[:8]
+    return plain if re.fullmatch(rf"[\w.,+-]{{1,{LONGEST}}}", plain) else _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # --- checks before any work ------------------------------------------------------------------------------
