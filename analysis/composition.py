@@ -223,7 +223,7 @@ def gather(first: Measured, train_features: torch.Tensor, train: Split, test: Sp
     distances, neighbours, nearest_in_pixels = _distances(first.features, train_features, train, test)
     train_labels, labels = train.labels.cpu().numpy(), test.labels.cpu().numpy()
     every = np.concatenate([train_labels, labels])
-    out_of_fold = results.out_of_fold(len(every))
+    out_of_fold = results.out_of_fold(every)
     return Evidence(
         train_labels=train_labels,
         labels=labels,

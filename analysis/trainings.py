@@ -34,7 +34,7 @@ from runtime import cli, device, files
 from runtime.code_key import code_key
 from runtime.errors import UserError
 from runtime.schema import Maybe, Number, Text, problem
-from training.record import COUNT, HISTORY, history_of
+from training.record import COUNT, HISTORY, held_out_path, history_of
 
 SEEDS = 5
 SEEDS_OF = {"resnet": 3}  # of models that train for half an hour
@@ -42,7 +42,7 @@ TEACHER = cli.CHECKPOINTS / "best_resnet_fmnist.pt"  # of the recipes that need 
 FASHION_MNIST = "ece17261"  # the folder of its results; the teacher knows no other data
 FOLDS = 5
 FOLD_MODEL, FOLD_RECIPE, FOLD_EPOCHS = "cnn", "best", 10  # of the trainings that give the out-of-fold probabilities
-FOLD_SEED = 5  # of the folds alone
+FOLD_SEED = 5  # of these trainings alone
 PROBABILITY = 10_000  # stands for a probability of 1 in a file
 KEPT = ("device", "threads", "kernels", "versions", "training_seconds", "train_images", "best_epoch")  # of a history
 
@@ -99,13 +99,14 @@ class Results:
         found = [self.read(name, key, n) for name, key in seed_jobs(self.is_taught).items()]
         return [result for result in found if result]
 
-    def out_of_fold(self, n: int) -> np.ndarray | None:
+    def out_of_fold(self, labels: np.ndarray) -> np.ndarray | None:
         """Return the out-of-fold probabilities float64 (n, 10) of the training images, then the test images, if known.
 
-        Each row is by a model that was not trained on the image.
+        labels: int (n,), of both. Each row is by a model that was not trained on the image.
         """
-        probabilities = np.zeros((n, len(data.CLASSES)))
-        for index, (name, key) in zip(fold_indices(n), fold_jobs().items(), strict=True):
+        probabilities = np.zeros((len(labels), len(data.CLASSES)))
+        for name, key in fold_jobs().items():
+            index = data.fold_indices(labels, key["fold"])
             result = self.read(name, key, len(index))
             if not result:
                 return None
@@ -215,7 +216,7 @@ def fold_jobs() -> dict[str, Key]:
     """List the trainings on all images but one fold."""
     recipe = recipes.find(FOLD_RECIPE, FOLD_MODEL)._replace(epochs=FOLD_EPOCHS)
     key = _key(FOLD_MODEL, FOLD_RECIPE, recipe, FOLD_SEED)
-    return {f"fold-{fold}": key | {"fold": fold} for fold in range(FOLDS)}
+    return {f"fold-{number}": key | {"fold": f"{number}/{FOLDS}"} for number in range(1, FOLDS + 1)}
 
 
 def seed_jobs(is_taught: bool) -> dict[str, Key]:
@@ -251,11 +252,6 @@ def _key(model: str, recipe_name: str, recipe: recipes.Recipe, seed: int) -> Key
     }
     key = {"model": model, "code": code_key(model), "recipe_name": recipe_name, "recipe": values, "seed": seed}
     return json.loads(json.dumps(key))  # as it is read from a file
-
-
-def fold_indices(n: int) -> list[np.ndarray]:
-    """Return the indices, int64, of the images in each of FOLDS folds; this partition of n images never changes."""
-    return [np.sort(part) for part in np.array_split(np.random.RandomState(FOLD_SEED).permutation(n), FOLDS)]
 
 
 # --- doing them ------------------------------------------------------------------------------------------
@@ -361,22 +357,17 @@ class _Trainer:
         return {"sha256": self.votes.sha256, **humans.cross_entropies(self.votes, logits)}
 
     def train_fold(self, name: str, key: Key) -> Result:
-        """Train on all images but the fold's, and keep the probabilities of these."""
-        parts = zip(self.train[1:3], self.test[1:3], strict=True)
-        images, labels = (torch.cat(both) for both in parts)
-        index = fold_indices(len(labels))[key["fold"]]
-        others = np.setdiff1d(np.arange(len(labels)), index)
-        folder, classes = self._folder(name, key) / "data", self.test.classes
-        sets = {"train": (images[others], labels[others]), "t10k": (images[index], labels[index])}
-        data.write(folder, sets, None if classes == data.CLASSES else classes)
-        model, result = self._train(name, key, {"data_dir": folder})
-        held_out = data.Split(name, images[index], labels[index], self.test.source, classes)
-        logits = engine.predict_logits(model, held_out.to(self.device))
-        probabilities = logits.double().softmax(1).mul(PROBABILITY).round().long()
+        """Train on all images but the fold's, as train.py --fold does, and keep the probabilities of these."""
+        images, labels = (torch.cat(both) for both in zip(self.train[1:3], self.test[1:3], strict=True))
+        folder, classes = self._folder(name, key), self.test.classes
+        data.write(folder / "data", {"train": (images, labels)}, None if classes == data.CLASSES else classes)
+        _, result = self._train(name, key, {"data_dir": folder / "data", "fold": key["fold"]})
+        with np.load(held_out_path(folder / f"best_{key['model']}_fmnist.pt")) as held_out:
+            answers, truth = held_out["probabilities"], held_out["labels"]
         return result | {
-            "n": len(index),
-            "accuracy": metrics.accuracy(logits, held_out.labels),
-            "probabilities": probabilities.flatten().tolist(),  # of ten classes for each image, in 1 / PROBABILITY
+            "n": len(truth),
+            "accuracy": float((answers.argmax(1) == truth).mean()),
+            "probabilities": np.rint(answers * PROBABILITY).astype(int).flatten().tolist(),  # of ten classes each
         }
 
     def _folder(self, name: str, key: Key) -> Path:

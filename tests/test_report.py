@@ -167,19 +167,23 @@ def test_mirrored_images_and_votes_are_measured_of_every_training(analysed, samp
 
 def test_fold_probabilities_are_of_models_that_never_saw_the_image(analysed, sample):
     folder = next((analysed[0] / "deep").iterdir())
-    everything = torch.cat([sample["train+val"].images, sample["test"].images])
-    index = trainings.fold_indices(len(everything))
+    images, labels = (
+        torch.cat([getattr(sample[name], kind) for name in ("train+val", "test")]) for kind in ("images", "labels")
+    )
+    index = [data.fold_indices(labels.numpy(), f"{number}/5") for number in range(1, 6)]
     assert np.array_equal(np.sort(np.concatenate(index)), np.arange(1500))
-    for fold in (0, 3):
+    for fold in (1, 4):
         (own,) = (folder / "checkpoints").glob(f"fold-{fold}-*")
-        train, test = data.load("train+val", "test", data_dir=own / "data")
-        assert torch.equal(test.images, everything[index[fold]])
-        assert len(train.labels) + len(test.labels) == 1500
-        assert not set(map(bytes, train.images.numpy())) & set(map(bytes, test.images.numpy()))
+        history = json.loads((own / "best_cnn_fmnist.json").read_text())
+        assert (history["flags"]["fold"], history["train_images"] + history["select_images"]) == (f"{fold}/5", 1200)
         model, _ = checkpoint.load(own / "best_cnn_fmnist.pt")
-        stored = json.loads((folder / f"fold-{fold}.json").read_text())["probabilities"]
-        expected = engine.predict_logits(model, test).double().softmax(1).flatten().numpy()
-        np.testing.assert_allclose(np.array(stored) / trainings.PROBABILITY, expected, atol=1e-4)
+        held_out = data.Split("held-out", images[index[fold - 1]], labels[index[fold - 1]], "")
+        stored = json.loads((folder / f"fold-{fold}.json").read_text())
+        expected = engine.predict_logits(model, held_out).double().softmax(1).numpy()
+        np.testing.assert_allclose(
+            np.array(stored["probabilities"]) / trainings.PROBABILITY, expected.flatten(), atol=1e-4
+        )
+        assert stored["accuracy"] == (expected.argmax(1) == held_out.labels.numpy()).mean()
 
 
 def test_the_same_command_goes_on_and_a_changed_recipe_is_trained_anew(analysed, trained, tmp_path):
@@ -236,7 +240,7 @@ def test_a_result_without_what_is_measured_today_is_made_again():
         assert not trainings._is_whole(result, votes)
         assert trainings._is_whole(result, None) == (lacking == "people")
     assert not trainings._is_whole(whole | {"people": {"sha256": "of other votes"}}, votes)
-    assert trainings._is_whole({"key": {"fold": 0}}, votes)
+    assert trainings._is_whole({"key": {"fold": "1/5"}}, votes)
     assert not trainings._is_whole(None, None)
 
 
