@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -195,13 +196,28 @@ def carry_out(work: Work, jobs: int) -> int:
     return signals.code
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Let a process that begins here not hear Ctrl-C, while it still loads PyTorch. This one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # where it begins, it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, cli.HANGUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     """A process, the connection to it, and the run that it trains: None before its first, and while it finds none."""
 
     def __init__(self, context: Any, work: Work):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(work, theirs))
-        self.process.start()
+        with _deaf():
+            self.process.start()
         theirs.close()
         self.job: Job | None = None
         self.is_idle = False
