@@ -85,7 +85,7 @@ def add_recipe(parser: cli.Parser) -> None:
         action="extend",
         default=[],
         help="other values of the recipe: any field of Recipe in recipes.py, or an augmentation of data.py: "
-        "muon_lr=0.05, label_smoothing=0.1, shift=2, shift=[1,0.3], flip=false",
+        "muon_lr=0.05 (Muon's rate; lr is Adam's), label_smoothing=0.1, shift=2, shift=[1,0.3], flip=false",
     )
     parser.add_argument(
         "--precision",

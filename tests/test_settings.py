@@ -109,7 +109,7 @@ MISTAKES = {
     "lr=1" + "0" * 400: "lr is a huge number",
     "lr=1" + "0" * 9000: "lr is inf",
     "lr=" + "[" * 5000: "lr is",
-    "lr=0.03,0.07": "one value is wanted",
+    "lr=0.03,0.07": "one value is wanted; sweep.py trains each of several",
     "shift=1,0.3": r"shift=\[1,0.3\]",
     "epochs=1.5": "epochs is 1.5, not a whole number from 1",
     "fused=1": "fused is 1, not true or false",
@@ -133,6 +133,13 @@ def test_a_mistake_is_one_line(word):
     assert str(error.value).isprintable()
     with pytest.raises(UserError, match="stands there twice"):
         settings.parse(["lr=1", "lr=2"])
+
+
+def test_what_lr_means_where_muon_trains_is_said():
+    muon, adam = recipes.find("fast", "mlp"), recipes.find("published", "mlp")
+    assert "Muon's rate, for the large matrices, is muon_lr" in settings.remark(["epochs", "lr"], muon)
+    assert not settings.remark(["lr", "muon_lr"], muon)
+    assert not settings.remark(["lr"], adam)
 
 
 # --- train.py --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import data
@@ -23,7 +23,14 @@ from runtime.errors import UserError
 from runtime.schema import Text, problem
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
-FLAGS = ("seed", "fold", "recipe", "model", "teacher", "deterministic")  # of train.py: no values of a recipe
+FLAGS = {  # no values of a recipe, and the flags to use
+    "seed": "--seed (of sweep.py: --seeds N)",
+    "fold": "--fold (of sweep.py: --folds K)",
+    "recipe": "--recipe",
+    "model": "--model",
+    "teacher": "--teacher",
+    "deterministic": "--deterministic of train.py",
+}
 OPEN, CLOSE = "[{", "]}"
 
 
@@ -35,7 +42,9 @@ def parse(words: Sequence[str], recipe: Recipe | None = None) -> dict[str, Any]:
     pairs = _split(words)
     for name, text in pairs:
         if len(_parts(text)) > 1:
-            raise UserError(f"--set {name}={text}: one value is wanted; a list needs brackets, as {name}=[{text}]")
+            several = "sweep.py trains each of several, where it does not --search"
+            hint = f"a list needs brackets, as {name}=[{text}]" if name in data.AUGMENTATIONS else several
+            raise UserError(f"--set {name}={text}: one value is wanted; {hint}")
     values = {name: _value(name, text) for name, text in pairs}
     if recipe:
         change(recipe, values)
@@ -104,6 +113,13 @@ def named(values: Mapping[str, Any], before: Recipe, after: Recipe) -> dict[str,
     return {name: value for name, value in after._asdict().items() if name in names}
 
 
+def remark(names: Collection[str], recipe: Recipe) -> str | None:
+    """Say what lr is in a recipe that uses Muon, where names hold lr and not muon_lr; else return None."""
+    if recipe.optimizer != "muon" or "lr" not in names or "muon_lr" in names:
+        return None
+    return "lr is Adam's rate, for what Muon does not train; Muon's rate, for the large matrices, is muon_lr"
+
+
 def written(name: str, value: Any) -> str:
     """Write a value as the text that parse reads, such as "shift=[1,0.3]"."""
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
@@ -120,6 +136,8 @@ def _split(words: Sequence[str]) -> list[tuple[str, str]]:
     """Split each name=text. Raises UserError for a word without "=", and for a name that is unknown or comes twice."""
     pairs = [(name, text.strip()) for name, equals, text in (word.partition("=") for word in words)]
     for word, (name, text) in zip(words, pairs, strict=True):
+        if word.strip() != word.strip(" ,"):
+            raise UserError(f"--set {word}: write the values without a space beside the comma, as {name}=1,2")
         _check_name(name)
         if not text:
             raise UserError(f"--set {word}: write name=value, such as {name}=1")
@@ -133,7 +151,7 @@ def _check_name(name: str) -> None:
     if name in names:
         return
     if name in FLAGS:
-        raise UserError(f"--set {name}: this is not a value of a recipe; use --{name}")
+        raise UserError(f"--set {name}: this is not a value of a recipe; use {FLAGS[name]}")
     close = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}?" if close else f"the names are {', '.join(names)}"
     raise UserError(f"--set: a recipe has no {name[:40]!r}; {hint}")
