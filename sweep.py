@@ -8,7 +8,7 @@ python sweep.py --model mlp --recipe fast --search "muon_lr=log:0.01..0.3 batch_
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from runtime import cli
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from training.plan import Request
     from training.sweeps import Job
 
 JUDGES = {"val": "val", "40k/20k": "1/3"}  # --judge, and what train.py --fold calls it
@@ -30,7 +31,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", choices=recipes.RECIPES, help="a row of recipes.py (default: as of train.py)")
     parser.add_argument("--teacher", metavar="CHECKPOINT", nargs="+", type=Path, help="for --recipe distilled")
     words: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    changes = "values of the recipe, such as muon_lr=0.03,0.07 flip=true,false epochs=2; every combination is trained"
+    changes = (
+        "values of the recipe, such as muon_lr=0.03,0.07 (Muon's rate; lr is Adam's) flip=true,false epochs=2; every "
+        "combination is trained"
+    )
     parser.add_argument("--set", metavar="NAME=VALUE,VALUE", help=changes, **words)
     parser.add_argument("--seeds", metavar="N", type=count, help="train each with the seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--folds", metavar="K", type=cli.whole_number(2, 1000), help="train each on all folds of K")
@@ -82,28 +86,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = Request(flags.model, recipe=flags.recipe, teacher=flags.teacher, fold=fold, **where)
     if not flags.search:
         jobs = sweeps.grid(base, flags.dir.absolute(), flags.set, range(flags.seeds or 1), flags.folds or 0)
-        return train(jobs, flags.jobs)
+        sweeps.check(jobs)
+        remark(jobs[0].request, jobs[0].request.settings)
+        return train(jobs, flags.jobs, compared)
     found = search.plan(base, flags.dir.absolute(), flags.set, flags.search, flags.trials or 30)
+    remark(found.base, {**found.base.settings, **found.space})
     if code := pool.carry_out(found, flags.jobs):
         return code
     jobs = found.confirming()
-    code = train(jobs, flags.jobs)
-    if code in (0, 1):
-        print(found.summary(jobs))
-    return code
+    sweeps.check(jobs)
+    return train(jobs, flags.jobs, found.summary)
 
 
-def train(jobs: Sequence["Job"], at_a_time: int) -> int:
-    """Carry out the runs of a grid, and print how they compare. Returns the exit code."""
+def remark(request: "Request", names: Collection[str]) -> None:
+    """Say on stderr what lr is, where it is not the rate of the large matrices."""
+    from training import settings, sweeps
+
+    if said := settings.remark(names, sweeps.recipe_of(request)[1]):
+        print(f"sweep.py: {said}", file=sys.stderr)
+
+
+def compared(jobs: Sequence["Job"]) -> str:
+    """Return how finished runs compare."""
     from analysis import comparison
+
+    return comparison.report([job.folder for job in jobs])
+
+
+def train(jobs: Sequence["Job"], at_a_time: int, described: Callable[[Sequence["Job"]], str]) -> int:
+    """Carry out the runs of a grid, and print how those that have finished are described. Returns the exit code."""
     from training import pool, sweeps
 
-    sweeps.check(jobs)
     grid = sweeps.Grid(jobs)
     if code := pool.carry_out(grid, at_a_time):
         return code
-    finished = [job.folder for job in jobs if not grid.state(job).failure]
-    print(comparison.report(finished) if finished else "no run has finished")
+    finished = [job for job in jobs if not grid.state(job).failure]
+    print(described(finished) if finished else "no run has finished")
     for job in jobs:
         if why := grid.state(job).failure:
             print(f"sweep.py: {job.name} failed: {why}; to try again, delete {cli.shown(job.folder)}", file=sys.stderr)

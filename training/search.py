@@ -10,18 +10,20 @@ print(found.summary(found.confirming()))
                                confirm       a folder for each run that confirms the best trial
 
 A trial is a run with seed 0 whose accuracy on the held-out images is measured after each epoch. The last epoch counts:
-the best one would be chosen on these images. A trial whose accuracy is below the median of the others is given up. What
-the sampler draws depends on the trial's number and on the trials that have ended, not on how often the search was
-interrupted.
+the best one would be chosen on these images. A trial whose accuracy is below the median of the others is given up. A
+trial with the values of one that has ended has its result, and is not trained. What the sampler draws depends on the
+trial's number and on the trials that have ended, not on how often the search was interrupted.
 """
 
 import functools
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 from filelock import SoftFileLease
@@ -37,6 +39,7 @@ from training.sweeps import Job, State
 SEED = 0  # of every trial
 CONFIRMING = range(1, 6)  # seeds that no trial has used
 OWN = "the recipe's own values"
+WIDTH = 80  # columns of a terminal
 WARMING = 4  # a trial is never given up in the first of so many parts of its epochs
 
 
@@ -53,6 +56,8 @@ def plan(base: Request, folder: Path, fixed: Sequence[str], words: Sequence[str]
         raise UserError(f"--set {twice[0]} and --search {twice[0]} are the same value: leave one out")
     if "select" in (*among, *base.settings):
         raise UserError("--search decides what selects: the last epoch of each trial counts; leave select out")
+    if (several := space.combinations(among)) and several <= trials:
+        raise UserError(f"--search has only {several} combinations: --set with --judge trains each of them")
     files.check_folder(folder)
     fold = str(base.fold).replace("/", "of")
     search = Search(base, folder / f"search-{base.model}-{name}-{fold}", among, trials)
@@ -175,6 +180,10 @@ class Search:
             self.study.tell(number, state=_state_named("FAIL"))
             return 0
         trial = self._taken(number)
+        if same := self._same(trial):
+            trial.set_user_attr("same", same.number)
+            self.study.tell(number, same.value if same.state.name == "COMPLETE" else None, state=same.state)
+            return 0
         reported = set(self.trials()[number].intermediate_values)
 
         def watch(row: Mapping[str, Any]) -> bool:
@@ -190,6 +199,12 @@ class Search:
             self.study.tell(number, history["epochs"][-1]["select_accuracy"])
         return code
 
+    def _same(self, trial: Any) -> Any:
+        """Return the first trial that has ended with the values of this one, or None."""
+        values = self.settings_of(trial)
+        ended = [each for each in self.trials() if each.state.name in ("COMPLETE", "PRUNED")]
+        return next((each for each in ended if self.settings_of(each) == values), None)
+
     # --- what is shown
 
     def states(self) -> dict[str, State]:
@@ -201,14 +216,23 @@ class Search:
     def _state(self, trial: Any) -> State:
         kind = trial.state.name
         ended = trial.state.is_finished()
-        words = [settings.written(*each) for each in self.settings_of(trial).items()] if ended else []
         return State(
             epochs=len(trial.intermediate_values),
             settled=ended,
             failure=self.job(trial).failure or "log.txt says why" if kind == "FAIL" else None,
             accuracy=trial.value,
-            note=" ".join(words) + (", given up: below the median" if kind == "PRUNED" else ""),
+            note=self._note(trial) if ended else "",
         )
+
+    def _note(self, trial: Any) -> str:
+        """Write the values of a trial that has ended, and why it was not trained to its end."""
+        values = self.settings_of(trial)
+        note = " ".join(settings.written(name, values[name]) for name in self.space)
+        if "same" in trial.user_attrs:
+            return f"{note}, not trained: the values of {_name(trial.user_attrs['same'])}"
+        if trial.state.name == "PRUNED":
+            note += f", given up after epoch {trial.last_step} of {self.recipe.epochs}: below the median"
+        return note
 
     def epochs(self) -> tuple[int, int]:
         """Count the epochs that have been trained, or need not be any more, and those of all trials."""
@@ -245,22 +269,24 @@ class Search:
         """
         best = self.best()
         chosen = self.settings_of(best)
+        chosen_is_own = settings.change(self.recipe, chosen) == self.recipe
         words = [settings.written(*each) for each in chosen.items()]
-        accuracies: dict[bool, dict[int, float]] = {True: {}, False: {}}  # by whether the values are the best trial's
+        histories: dict[bool, dict[int, Any]] = {True: {}, False: {}}  # by whether the values are the best trial's
         for job in jobs:
-            history = job.history()
-            if history and history["test"]:
-                accuracies[job.request.settings == chosen][job.request.seed or 0] = history["test"]["accuracy"]
-        found, own = accuracies[True], accuracies[False]
+            if (history := job.history()) and history["test"]:
+                histories[job.request.settings == chosen][history["seed"]] = history
+        found, own = histories[True], histories[False]
         lines = [
             f"the best of {len(self.trials())} trials is {_name(best.number)}: {' '.join(words)}",
             f"  in the search, one seed: {best.value:.2%}; as the highest of all it is partly luck",
-            f"  {_described('with other seeds', found)}" if found else f"  these are {OWN}",
+            f"  these are {OWN}" if chosen_is_own else f"  {_described('with other seeds', found)}",
             f"  {_described(OWN, own)}",
         ]
         if common := sorted(found.keys() & own.keys()):
-            lines.append(f"  {_difference([found[seed] for seed in common], [own[seed] for seed in common])}")
-        return "\n".join([*lines, f"to train it on all images and measure the test set once: {self._command(words)}"])
+            accuracies = ([each[seed]["test"]["accuracy"] for seed in common] for each in (found, own))
+            lines.append(f"  {_difference(*accuracies)}")
+        last = f"to train it on all images and measure the test set once:\n{self._command(words)}"
+        return "\n".join([*map(_wrapped, lines), last])
 
     def _command(self, words: Sequence[str]) -> str:
         """Return the command that trains a recipe with these settings, as a user would type it here."""
@@ -272,10 +298,18 @@ class Search:
         return cli.command("train.py", "--model", base.model, "--recipe", name, "--set", *words, *where)
 
 
-def _described(what: str, accuracies: Mapping[int, float]) -> str:
-    described = metrics.spread(list(accuracies.values()))
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _described(what: str, histories: Mapping[int, Any]) -> str:
+    """Describe the accuracies and the time of runs that differ in their seed."""
+    if not histories:
+        return f"{what}: no run has finished"
+    described = metrics.spread([each["test"]["accuracy"] for each in histories.values()])
     sd = f" ± {100 * described['sd']:.2f}" if "sd" in described else ""
-    return f"{what}: {100 * described['mean']:.2f}{sd}%, n = {described['n']}"
+    seconds = mean(each["training_seconds"] for each in histories.values())
+    return f"{what}: {100 * described['mean']:.2f}{sd}%, n = {described['n']}, {seconds:.1f} s of training"
 
 
 def _difference(found: Sequence[float], own: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ space = space.parse(["lr=log:1e-4..1e-1", "batch_size=128,256,512"], recipe)
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ def parse(words: Sequence[str], recipe: Recipe) -> Space:
             space[name] = _range(name, text, recipe)
         else:
             space.update(settings.parse_grid([word], recipe))
+            if len(space[name]) == 1:
+                raise UserError(f"--search {word}: one value is no search: use --set {word}")
     return space
 
 
@@ -67,6 +70,15 @@ def _is_whole(name: str) -> bool:
         return Recipe.__annotations__[name] is int
     _, _, first, *_ = inspect.signature(data.AUGMENTATIONS[name]).parameters.values()
     return getattr(first.annotation, "__origin__", first.annotation) is int
+
+
+def combinations(space: Space) -> int | None:
+    """Count the settings in a space, or return None where there is no end of them."""
+    if any(isinstance(among, Range) and not among.whole for among in space.values()):
+        return None
+    return math.prod(
+        len(among) if isinstance(among, list) else int(among.high - among.low) + 1 for among in space.values()
+    )
 
 
 def own(space: Space, recipe: Recipe) -> dict[str, Any]:
