@@ -17,7 +17,7 @@ from conftest import SAMPLE, _script, assert_one_line_error, in_a_fork, run_scri
 
 import recipes
 from runtime.errors import UserError
-from training import pool, space, sweeps
+from training import pool, search, space, sweeps
 from training.plan import Request
 
 TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
@@ -94,7 +94,8 @@ def test_a_grid_trains_each_combination_in_a_folder_with_its_name(expected):
     for name in names:
         history = files[f"{name}/best_mlp_fmnist.json"]
         assert f"lr={history['flags']['lr']}-seed={history['seed']}" in name
-        assert f"{name}: {history['test']['accuracy']:.2%}" in said
+        differing = name.partition("epochs=3-")[2].replace("-", " ")  # the rest is the same in all names
+        assert f"] {differing}: {history['test']['accuracy']:.2%}" in said
         assert "test accuracy" in (folder / name / "log.txt").read_text()
     assert re.search(r"lr.*\n.*0\.00[14] +2 ", said)  # the table of compare.py: n = 2
 
@@ -138,8 +139,21 @@ def test_a_sweep_that_is_cut_off_at_any_moment_ends_with_the_same_bits(expected,
     tally("a sweep's process or worker killed, or Ctrl-C", 3 * tries, lost, wrong)
 
 
+def press_ctrl_c_while_the_workers_begin(log, words):
+    """Start sweep.py in a process group of its own, which gets SIGINT, as from a terminal, while PyTorch is loaded."""
+    process = start_fork(log, _script, "sweep.py", [*map(str, words), "--data-dir", str(SAMPLE)], os.setpgrp)
+    wait_until(lambda: log.exists() and "data:" in log.read_text(), process)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert "0 of 4 runs have ended; the same command goes on" in log.read_text()
+
+
 def test_two_processes_share_a_folder_and_one_goes_on_when_the_other_dies(expected, tmp_path):
     words = (*GRID, "--dir", tmp_path / "shared")
+    press_ctrl_c_while_the_workers_begin(tmp_path / "log", words)
     one, other = (start(tmp_path / f"log{number}", *words) for number in range(2))
     wait_until(lambda: len(workers(tmp_path / "shared")) == 2, one)
     held = workers(tmp_path / "shared")
@@ -230,6 +244,8 @@ def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which
     best = max(range(3), key=lambda number: whole[number][2])
     assert f"the best of 3 trials is trial-{best:03}: epochs=2 muon_lr=" in finished.stdout
     assert f"in the search, one seed: {whole[best][2]:.2%}" in finished.stdout
+    assert len(re.findall(r"%, n = 5, [\d.]+ s of training", finished.stdout)) == 2
+    assert "Against" not in finished.stdout  # one report of the confirmation
     files = outcome(tmp_path / "whole")
     runs = [files[name] for name in files if "confirm" in name and name.endswith(".json")]
     means = {}
@@ -254,6 +270,23 @@ def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which
 
     more = sweep(*SEARCH, "--search", "muon_lr=log:0.01..0.2", "--dir", tmp_path / "whole")
     assert_one_line_error(more, "holds a search of another space: give this search another --dir")
+
+
+def carry_out_a_search_of_few_values(folder):
+    share_the_forkserver()
+    base = Request("mlp", recipe="fast", fold="val", data_dir=SAMPLE, other_data=True)
+    found = search.plan(base, folder, ["epochs=1"], ["batch_size=64,128", "flip=true,false,0.2"], 5)
+    return pool.carry_out(found, 1), found.states()
+
+
+def test_a_trial_with_the_values_of_an_earlier_one_is_not_trained(tmp_path):
+    code, states = in_a_fork(carry_out_a_search_of_few_values, tmp_path)
+    first, again = states["trial-002"], states["trial-004"]
+    assert code == 0
+    assert again.note == f"{first.note}, not trained: the values of trial-002"
+    assert again.accuracy == first.accuracy
+    trained = {path.parent.name for path in tmp_path.rglob("best_mlp_fmnist.json")}
+    assert trained == {f"trial-00{number}" for number in range(4)}
 
 
 def test_the_values_to_search_are_checked():
@@ -309,6 +342,10 @@ MISTAKES = {
     "--search lr=0..1 --seeds 3": "--seeds",
     "--search lr=1..0": "1 is not below 0",
     "--search lr=0..1 --set lr=0.1": "leave one out",
+    "--search lr=0.1": "one value is no search: use --set lr=0.1",
+    "--search flip=0.2,0.3 prune=0,0.1": "only 4 combinations: --set",
+    "--set lr=0.1, 0.2": "without a space beside the comma, as lr=1,2",
+    "--set seed=0,1": "of sweep.py: --seeds N",
     "--trials 3": "--trials is of a --search",
     "--folds 3 --judge val": "leave one out",
     "--recipe distilled": "--teacher",

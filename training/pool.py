@@ -10,13 +10,14 @@ machine is free at once; that of another machine once it has shown no sign of li
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -182,7 +183,7 @@ def carry_out(work: Work, jobs: int) -> int:
 
     Raises UserError where a run meets what would stop the others too: no space on the disk, say.
     """
-    with cli.StopSignals() as signals, Pool(work, jobs) as workers, contextlib.closing(Progress(work)) as progress:
+    with cli.StopSignals() as signals, contextlib.closing(Progress(work)) as progress, Pool(work, jobs) as workers:
         while signals.code is None and not work.settled():
             workers.tend()
             progress.show(workers.are_idle())
@@ -298,10 +299,13 @@ class Progress:
         self.work = work
         self._said = {name for name, state in work.states().items() if state.settled}
         self._waits = False
+        self._short = _without_common(list(work.states()))
         done, total = work.epochs()
         if self._said:
             print(f"{len(self._said)} of {len(work.states())} runs have ended before", flush=True)
+        self._first = done
         self._bar = tqdm(
+            desc="starting",
             total=total,
             initial=done,
             disable=None,  # where stderr is no terminal
@@ -316,13 +320,14 @@ class Progress:
         for name, state in states.items():
             if state.settled and name not in self._said:
                 self._said.add(name)
-                self._write(f"[{len(self._said)}/{len(states)}] {name}: {_ending(state)}")
-        left = [name for name, state in states.items() if not state.settled]
+                self._write(f"[{len(self._said)}/{len(states)}] {self._short.get(name, name)}: {_ending(state)}")
+        left = [self._short.get(name, name) for name, state in states.items() if not state.settled]
         if waits and left and not self._waits:
             self._write(f"waiting for other processes, which train {', '.join(left)}")
         self._waits = waits
         done, self._bar.total = self.work.epochs()
-        self._bar.set_description_str(f"{len(self._said)}/{len(states)} runs", refresh=False)
+        said = "starting" if done == self._first else f"{len(self._said)}/{len(states)} runs"
+        self._bar.set_description_str(said, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def _write(self, line: str) -> None:
@@ -332,6 +337,13 @@ class Progress:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
+
+
+def _without_common(names: Sequence[str]) -> dict[str, str]:
+    """Shorten the names of runs, by name: leave out the values that all of them share."""
+    parts = {name: re.split(r"-(?=[a-z_]+=)", name) for name in names}
+    common = set.intersection(*map(set, parts.values())) if len(names) > 1 else set()
+    return {name: " ".join(part for part in each if part not in common) for name, each in parts.items()}
 
 
 def _ending(state: State) -> str:
