@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -17,12 +18,13 @@ from conftest import SAMPLE, _script, assert_one_line_error, in_a_fork, run_scri
 
 import recipes
 from runtime.errors import UserError
-from training import pool, search, space, sweeps
+from training import pool, record, search, space, sweeps
 from training.plan import Request
 
 TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
 GRID = ("--model", "mlp", "--set", "batch_size=16", "epochs=3", "lr=0.001,0.004", "--seeds", 2)
 SEARCH = ("--model", "mlp", "--recipe", "fast", "--set", "epochs=2", "--trials", 3)
+JOURNAL = Path("search-mlp-fast-val", "journal.log")
 SPACE = ("--search", "muon_lr=log:0.01..0.2", "batch_size=64,128")
 
 
@@ -87,14 +89,14 @@ def expected(tmp_path_factory):
 def test_a_grid_trains_each_combination_in_a_folder_with_its_name(expected):
     folder, said, files = expected
     names = {
-        f"mlp-published-batch_size=16-epochs=3-lr={lr}-seed={seed}" for lr in ("0.001", "0.004") for seed in (0, 1)
+        f"mlp-published-epochs=3-batch_size=16-lr={lr}-seed={seed}" for lr in ("0.001", "0.004") for seed in (0, 1)
     }
     assert {path.name for path in folder.iterdir()} == names
     assert {name.split("/")[1] for name in files} == {"best_mlp_fmnist.pt", "best_mlp_fmnist.json"}
     for name in names:
         history = files[f"{name}/best_mlp_fmnist.json"]
         assert f"lr={history['flags']['lr']}-seed={history['seed']}" in name
-        differing = name.partition("epochs=3-")[2].replace("-", " ")  # the rest is the same in all names
+        differing = name.partition("batch_size=16-")[2].replace("-", " ")  # the rest is the same in all names
         assert f"] {differing}: {history['test']['accuracy']:.2%}" in said
         assert "test accuracy" in (folder / name / "log.txt").read_text()
     assert re.search(r"lr.*\n.*0\.00[14] +2 ", said)  # the table of compare.py: n = 2
@@ -221,6 +223,38 @@ def test_a_claim_of_another_machine_is_free_once_it_shows_no_sign_of_life(tmp_pa
         with claims.claim(tmp_path) as claimed:
             taken += [time.monotonic() - begun] if claimed else []
     assert taken[0] > 0.25
+    monkeypatch.setattr(pool, "EMPTY", 0.2)
+    (tmp_path / ".claim").touch()  # by a process that died before it wrote
+    with pool.lease_on(tmp_path / ".claim"):
+        assert (tmp_path / ".claim").read_text()
+
+
+def test_a_run_that_a_stalled_process_still_writes_is_left_to_it(expected, tmp_path):
+    words = (
+        "--model",
+        "mlp",
+        "--set",
+        "batch_size=16",
+        "epochs=3",
+        "lr=0.001",
+        "--seeds",
+        2,
+        "--dir",
+        tmp_path / "runs",
+    )
+    held, other = (tmp_path / "runs" / f"mlp-published-epochs=3-batch_size=16-lr=0.001-seed={seed}" for seed in (0, 1))
+    held.mkdir(parents=True)
+    with record.sole_writer(held / "best_mlp_fmnist.pt"):
+        process = start(tmp_path / "log", *words)
+        log = tmp_path / "log"
+        wait_until(lambda: log.exists() and "waiting for other processes" in log.read_text(), process)
+        assert (other / "best_mlp_fmnist.json").exists()
+        assert not (held / "best_mlp_fmnist.json").exists()
+    process.join(60)
+    assert process.exitcode == 0
+    assert outcome(held) == {
+        name.partition("/")[2]: content for name, content in expected[2].items() if name.startswith(f"{held.name}/")
+    }
 
 
 # --- a search --------------------------------------------------------------------------------------------
@@ -230,7 +264,7 @@ def trials(folder):
     """The values and results of the trials in a folder, read by Optuna itself."""
     import optuna
 
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "search-mlp-fast-val" / "journal.log"))
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
     study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
     return [(trial.state.name, trial.params, trial.value, trial.intermediate_values) for trial in study.trials]
 
@@ -268,6 +302,21 @@ def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which
     assert trials(tmp_path / "shared") == whole
     assert outcome(tmp_path / "shared") == files
 
+    lines = (tmp_path / "whole" / JOURNAL).read_text().splitlines(keepends=True)
+    drawn = [
+        n
+        for n, line in enumerate(lines)
+        if {"param_name", "trial_id"} <= (each := json.loads(line)).keys() and each["trial_id"] == 1
+    ]
+    assert len(drawn) == 2
+    for name in ("trial-001", "trial-002"):
+        shutil.rmtree(tmp_path / "shared" / JOURNAL.parent / name)
+    (tmp_path / "shared" / JOURNAL).write_text("".join(lines[: drawn[1]]))  # cut off between the values of a trial
+    assert sweep(*words).returncode == 0
+    assert trials(tmp_path / "shared") == whole
+    (tmp_path / "shared" / JOURNAL).write_text("".join([*lines[:3], "{\n", *lines[4:]]))
+    assert_one_line_error(sweep(*words), "journal.log is damaged", "another --dir")
+
     more = sweep(*SEARCH, "--search", "muon_lr=log:0.01..0.2", "--dir", tmp_path / "whole")
     assert_one_line_error(more, "holds a search of another space: give this search another --dir")
 
@@ -275,18 +324,40 @@ def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which
 def carry_out_a_search_of_few_values(folder):
     share_the_forkserver()
     base = Request("mlp", recipe="fast", fold="val", data_dir=SAMPLE, other_data=True)
-    found = search.plan(base, folder, ["epochs=1"], ["batch_size=64,128", "flip=true,false,0.2"], 5)
+    found = search.plan(base, folder, ["epochs=1"], ["batch_size=64,128", "flip=true,0.5"], 3)
     return pool.carry_out(found, 1), found.states()
 
 
 def test_a_trial_with_the_values_of_an_earlier_one_is_not_trained(tmp_path):
     code, states = in_a_fork(carry_out_a_search_of_few_values, tmp_path)
-    first, again = states["trial-002"], states["trial-004"]
     assert code == 0
-    assert again.note == f"{first.note}, not trained: the values of trial-002"
+    (again, *_) = [state for state in states.values() if "not trained" in state.note]
+    first = states[re.search(r"the values of (trial-\d+)", again.note)[1]]
     assert again.accuracy == first.accuracy
     trained = {path.parent.name for path in tmp_path.rglob("best_mlp_fmnist.json")}
-    assert trained == {f"trial-00{number}" for number in range(4)}
+    assert trained == {name for name, state in states.items() if "not trained" not in state.note}
+
+
+def carry_out_a_search_of_values_that_do_not_go_together(folder):
+    share_the_forkserver()
+    base = Request("mlp", recipe="fast", fold="val", data_dir=SAMPLE, other_data=True)
+    found = search.plan(base, folder, ["epochs=1"], ["optimizer=adam,muon", "muon_lr=0.05..0.2"], 6)
+    return pool.carry_out(found, 1), found.states()
+
+
+def test_a_trial_whose_values_do_not_go_together_fails_alone(tmp_path):
+    code, states = in_a_fork(carry_out_a_search_of_values_that_do_not_go_together, tmp_path)
+    failed = [state.failure for state in states.values() if state.failure]
+    assert code == 0
+    assert 0 < len(failed) < 6
+    assert all("muon_lr needs optimizer=muon" in failure for failure in failed)
+
+
+def test_strength_0_leaves_an_augmentation_out():
+    recipe = recipes.find("fast", "cnn")
+    among = space.parse(["flip=0..0.5", "shift=0..3"], recipe)
+    assert space.own(among, recipe) == {"flip": 0, "shift": 0}
+    assert space.values(among, {"flip": 0.0, "shift": 0}, recipe) == {"flip": False, "shift": False}
 
 
 def test_the_values_to_search_are_checked():
@@ -307,6 +378,7 @@ def test_the_values_to_search_are_checked():
         "batch_sise=1..2": "did you mean batch_size",
         "precision=float16..float32": "a range is of numbers",
         "lr=1..2..3": "LOW..HIGH",
+        " ": "names no value",
     }.items():
         with pytest.raises(UserError, match=message):
             space.parse([word], recipe)
@@ -320,14 +392,19 @@ def test_a_folder_is_named_by_what_was_set(tmp_path):
     words = ["shift=[1,0.3],2", "flip=false", "augment={}"]
     jobs = sweeps.grid(base, tmp_path, words, [3])
     names = [job.name for job in jobs]
-    assert re.fullmatch(r"cnn-fast-shift=1,0\.3-flip=false-augment=[0-9a-f]{8}-fold=2of5-seed=3", names[0])
-    assert "shift=2-" in names[1]
+    assert re.fullmatch(r"cnn-fast-augment=[0-9a-f]{8}-flip=false-shift=1,0\.3-fold=2of5-seed=3", names[0])
+    assert "shift=2-fold" in names[1]
     assert all(job.folder == tmp_path / job.name and job.epochs == 2 for job in jobs)
     many = [
         f"{name}=0.{'1234567' * 4}" for name in ("lr", "warmup", "dropout", "label_smoothing", "prune", "temperature")
     ]
     (job,) = sweeps.grid(Request("cnn"), tmp_path, many, [0])
     assert re.fullmatch(r"cnn-published-6-values-[0-9a-f]{8}-seed=0", job.name)
+    orders = (["lr=0.1", "flip=true", "epochs=2"], ["flip=true", "epochs=2", "lr=0.1"])
+    one, other = (sweeps.grid(Request("cnn"), tmp_path, each, [0]) for each in orders)
+    assert one[0].name == other[0].name
+    with pytest.raises(UserError, match="leave one out"):
+        sweeps.grid(base, tmp_path, ["flip=true,0.5"], [0])
     folds = sweeps.grid(Request("mlp"), tmp_path, [], range(2), folds=3)
     assert [(job.request.seed, job.request.fold) for job in folds][2:4] == [(0, "3/3"), (1, "1/3")]
 
@@ -362,7 +439,7 @@ def test_a_mistake_is_one_line_before_any_work(words, tmp_path):
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(expected, tmp_path):
-    name = "mlp-published-batch_size=16-epochs=3-lr=0.001-seed={}"
+    name = "mlp-published-epochs=3-batch_size=16-lr=0.001-seed={}"
     shutil.copytree(expected[0] / name.format(1), tmp_path / name.format(0))
     before = outcome(tmp_path)
     assert_one_line_error(sweep(*GRID, "--dir", tmp_path), name.format(0), "holds a run of another seed: .* --dir")

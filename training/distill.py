@@ -94,6 +94,10 @@ def check_folds(flags: dict[str, Any]) -> None:
                 f"{teacher['checkpoint']} was not trained without {held}, and would reveal their labels: take a "
                 f"teacher that was trained with {own}"
             )
+        if flags["fold"] and teacher["select"] == "test":
+            raise TeacherError(
+                f"{teacher['checkpoint']}: its epoch was chosen on the images that fold {flags['fold']} holds out"
+            )
 
 
 def answers(teachers: list[dict[str, Any]], split: Split, precision: torch.dtype = torch.float32) -> torch.Tensor:

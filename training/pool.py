@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -29,10 +30,12 @@ from tqdm import tqdm
 from engine import TrainingError
 from runtime import cli
 from runtime.errors import UserError, one_line
+from training.record import Held
 from training.sweeps import Job, State
 from training.trial import TrialError
 
 LEASE = 60.0  # seconds; all processes that share a folder must agree on it
+EMPTY = 5.0  # seconds, after which the empty file of a process that died while it made a claim counts no more
 POLL = 0.25  # seconds between two looks
 DEATHS = 3  # of the process that trains a run, until the run counts as failed
 LOST = 75  # exit code of a worker whose claim another machine has taken
@@ -68,7 +71,7 @@ class Claims:
     """The leases of one process. One object sees for how long another machine's lease shows no sign of life."""
 
     def __init__(self) -> None:
-        self._leases: dict[Path, SoftFileLease] = {}
+        self._leases: dict[Path, Lease] = {}
 
     @contextlib.contextmanager
     def claim(self, folder: Path) -> Iterator[bool]:
@@ -86,9 +89,38 @@ class Claims:
             lease.release()
 
 
-def lease_on(path: Path) -> SoftFileLease:
+class Lease(SoftFileLease):
+    """A lease whose file may have been left empty by a process that died between making and writing it."""
+
+    _empty: tuple[Any, float] | None = None  # which empty file this process has seen, and since when
+
+    def acquire(self, *_: Any, blocking: bool | None = None, **__: Any) -> Any:
+        """Take the lease; wait for it unless blocking is False. Raises Timeout where another process has it."""
+        while True:
+            try:
+                return super().acquire(blocking=False)
+            except Timeout:
+                self._remove_empty()
+                if blocking is False:
+                    raise
+            time.sleep(POLL)
+
+    def _remove_empty(self) -> None:
+        """Remove the file if it has stayed empty for EMPTY seconds by this process's clock."""
+        with contextlib.suppress(FileNotFoundError):
+            found, now = os.lstat(self.lock_file), time.monotonic()
+            which = found.st_ino, found.st_mtime_ns
+            if found.st_size or not stat.S_ISREG(found.st_mode):
+                self._empty = None
+            elif not self._empty or self._empty[0] != which:
+                self._empty = which, now
+            elif now - self._empty[1] > EMPTY:
+                os.unlink(self.lock_file)
+
+
+def lease_on(path: Path) -> Lease:
     """Make the lease by which processes take turns at what a file stands for."""
-    return SoftFileLease(path, lease_duration=LEASE, thread_local=False, on_compromise=_leave)
+    return Lease(path, lease_duration=LEASE, thread_local=False, on_compromise=_leave)
 
 
 def _leave(_: Any) -> None:
@@ -135,7 +167,8 @@ def _take_one(work: Work, claims: Claims, parent: Connection) -> int | None:
         with claims.claim(job.folder) as claimed:
             if claimed and work.is_open(job):
                 parent.send(("at", job))
-                return _carry_out(work, job)
+                with contextlib.suppress(Held):  # by a process that has lost its claim and has not ended
+                    return _carry_out(work, job)
     return None
 
 
@@ -147,6 +180,8 @@ def _carry_out(work: Work, job: Job) -> int:
     _print_to(job.folder / "log.txt")
     try:
         return work.carry_out(job)
+    except Held:
+        raise
     except (TrainingError, TrialError) as error:
         _fail(job, error)
     except (UserError, OSError) as error:
@@ -244,7 +279,7 @@ class Pool:
         self._context: Any = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
             self._context.set_forkserver_preload([__name__])  # PyTorch is loaded once
-        self._workers = [_Worker(self._context, work) for _ in range(0 if work.settled() else jobs)]
+        self._workers = [_Worker(self._context, work) for _ in range(min(jobs, _left(work)))]
 
     def __enter__(self) -> "Pool":
         return self
@@ -288,6 +323,11 @@ class Pool:
             raise UserError(f"no worker can begin: {why}")
         if self.work.is_open(worker.job):
             worker.job.fail(why)
+
+
+def _left(work: Work) -> int:
+    """Count the runs that have not ended."""
+    return sum(not state.settled for state in work.states().values())
 
 
 class Progress:

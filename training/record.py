@@ -124,6 +124,10 @@ class RunError(UserError):
     """A run that cannot be begun or resumed."""
 
 
+class Held(RunError):
+    """A place that another training writes to."""
+
+
 class Record:
     """Keeps the best epoch of one run at `path`, and an earlier run's checkpoint under another name.
 
@@ -335,7 +339,7 @@ def environment(model: str, device: torch.device, *, processes: int, fused: bool
 def sole_writer(path: str | Path) -> Iterator[None]:
     """Reserve the place of this checkpoint for one training, and remove what a killed one left half-written.
 
-    Raises RunError when another training holds it.
+    Raises Held when another training holds it.
     """
     path = Path(path)
     file = path.with_name(f".{path.stem}.lock")
@@ -344,7 +348,7 @@ def sole_writer(path: str | Path) -> Iterator[None]:
     try:
         lock = FileLock(file).acquire(blocking=False)
     except Timeout:
-        raise RunError(
+        raise Held(
             f"another training ({_holder(file)}) is writing {path}: wait for its end, or give this one another "
             "--checkpoint-dir"
         ) from None

@@ -15,11 +15,13 @@ trial with the values of one that has ended has its result, and is not trained. 
 trial's number and on the trials that have ended, not on how often the search was interrupted.
 """
 
+import contextlib
 import functools
 import json
 import sys
 import textwrap
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +31,9 @@ from typing import Any, cast
 from filelock import SoftFileLease
 
 import metrics
+import recipes
 from runtime import cli, files
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from training import pool, run, settings, space, sweeps
 from training.plan import Request
 from training.space import Space
@@ -93,13 +96,11 @@ class Search:
             _cut_torn_line(path)
         backend = JournalFileBackend(str(path), lock_obj=cast(Any, lock))
         pruner = optuna.pruners.MedianPruner(n_warmup_steps=self.recipe.epochs // WARMING)
-        return optuna.create_study(
-            study_name="search",
-            storage=JournalStorage(backend),
-            direction="maximize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
+        with _readable(self.folder):
+            storage = JournalStorage(backend)
+            return optuna.create_study(
+                study_name="search", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
+            )
 
     @functools.cached_property
     def _turn(self) -> SoftFileLease:
@@ -108,7 +109,8 @@ class Search:
 
     def trials(self) -> list[Any]:
         """Return the trials that have begun, in their order."""
-        found = self.study.get_trials(deepcopy=False)
+        with _readable(self.folder):
+            found = self.study.get_trials(deepcopy=False)
         return [trial for trial in found if trial.state.name != "WAITING"]
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
@@ -142,9 +144,20 @@ class Search:
 
     def open(self) -> Iterator[Job]:
         """Yield the trials that have begun and not ended; where nobody can claim one of them, begin another."""
-        yield from (self.job(trial) for trial in self.trials() if not trial.state.is_finished())
-        if trial := self._begin():
-            yield self.job(trial)
+        for trial in self.trials():
+            if not trial.state.is_finished() and (job := self._planned(trial)):
+                yield job
+        if (trial := self._begin()) and (job := self._planned(trial)):
+            yield job
+
+    def _planned(self, trial: Any) -> Job | None:
+        """Plan the run of a trial, or let the trial fail where its values do not go together."""
+        try:
+            return self.job(trial)
+        except UserError as error:
+            self._taken(trial.number).set_user_attr("why", one_line(error))
+            self.study.tell(trial.number, state=_state_named("FAIL"), skip_if_finished=True)
+            return None
 
     def _begin(self) -> Any:
         """Begin the next trial, or return None where there are enough."""
@@ -152,13 +165,14 @@ class Search:
             if (number := len(self.trials())) >= self.total:
                 return None
             self.study.sampler = _sampler(number)
-            return space.suggest(self.space, self.study.ask())
+            return space.suggest(self.space, self.study.ask(), functools.partial(_sampler, number))
 
     def job(self, trial: Any) -> Job:
         """Plan the run of a trial. One that was cut off while its values were drawn gets the rest of them."""
         if self.space.keys() - trial.params.keys():
             with self._turn:
-                trial = space.suggest(self.space, self._taken(trial.number))
+                sampler = functools.partial(_sampler, trial.number)
+                trial = space.suggest(self.space, self._taken(trial.number), sampler)
         request = replace(self.base, settings=self.settings_of(trial), seed=SEED, select="test")
         return sweeps.job(request, self.folder, _name(trial.number))
 
@@ -201,9 +215,12 @@ class Search:
 
     def _same(self, trial: Any) -> Any:
         """Return the first trial that has ended with the values of this one, or None."""
-        values = self.settings_of(trial)
         ended = [each for each in self.trials() if each.state.name in ("COMPLETE", "PRUNED")]
-        return next((each for each in ended if self.settings_of(each) == values), None)
+        return next((each for each in ended if self._trained(each) == self._trained(trial)), None)
+
+    def _trained(self, trial: Any) -> recipes.Recipe:
+        """Return the recipe by which a trial is trained."""
+        return settings.change(self.recipe, self.settings_of(trial))
 
     # --- what is shown
 
@@ -219,7 +236,7 @@ class Search:
         return State(
             epochs=len(trial.intermediate_values),
             settled=ended,
-            failure=self.job(trial).failure or "log.txt says why" if kind == "FAIL" else None,
+            failure=self._failure(trial) if kind == "FAIL" else None,
             accuracy=trial.value,
             note=self._note(trial) if ended else "",
         )
@@ -233,6 +250,10 @@ class Search:
         if trial.state.name == "PRUNED":
             note += f", given up after epoch {trial.last_step} of {self.recipe.epochs}: below the median"
         return note
+
+    def _failure(self, trial: Any) -> str:
+        """Say why a trial has failed."""
+        return trial.user_attrs.get("why") or self.job(trial).failure or "log.txt says why"
 
     def epochs(self) -> tuple[int, int]:
         """Count the epochs that have been trained, or need not be any more, and those of all trials."""
@@ -329,17 +350,28 @@ def _number(job: Job) -> int:
     return int(job.name.removeprefix("trial-"))
 
 
-def _sampler(number: int) -> Any:
-    """Return the sampler of a trial: what it draws depends on the trial's number and on the trials before."""
+def _sampler(number: int, name: str = "") -> Any:
+    """Return the sampler of a trial's value: what it draws depends on number and name, and on the trials before."""
     from optuna.samplers import TPESampler
 
-    return TPESampler(seed=number)
+    return TPESampler(seed=zlib.crc32(f"{number} {name}".encode()))
 
 
 def _state_named(name: str) -> Any:
     from optuna.trial import TrialState
 
     return TrialState[name]
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what Optuna raises of a damaged journal into a UserError."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{cli.shown(folder / 'journal.log')} is damaged: {one_line(error)}; use another --dir"
+        ) from None
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -5,7 +5,7 @@ space = space.parse(["lr=log:1e-4..1e-1", "batch_size=128,256,512"], recipe)
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -44,6 +44,8 @@ def parse(words: Sequence[str], recipe: Recipe) -> Space:
             space.update(settings.parse_grid([word], recipe))
             if len(space[name]) == 1:
                 raise UserError(f"--search {word}: one value is no search: use --set {word}")
+    if not space:
+        raise UserError("--search names no value: write name=LOW..HIGH")
     return space
 
 
@@ -87,6 +89,7 @@ def own(space: Space, recipe: Recipe) -> dict[str, Any]:
     for name, among in space.items():
         value = _of(recipe, name)
         if isinstance(among, Range):
+            value = 0 if value is False else value  # an augmentation that is left out
             same = [value] if not isinstance(value, bool | str | None) and among.low <= value <= among.high else []
         else:
             same = [_text(name, each) for each in among if settings.change(recipe, {name: each}) == recipe]
@@ -96,9 +99,13 @@ def own(space: Space, recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def suggest(space: Space, trial: Any) -> Any:
-    """Let a trial of Optuna have a value for each name. Values that it has already stay. Returns the trial."""
+def suggest(space: Space, trial: Any, sampler: Callable[[str], Any]) -> Any:
+    """Let a trial of Optuna have a value for each name, drawn by the sampler of that name. Returns the trial.
+
+    Values that the trial has already stay.
+    """
     for name, among in space.items():
+        trial.study.sampler = sampler(name)
         if isinstance(among, list):
             trial.suggest_categorical(name, [_text(name, value) for value in among])
         elif among.whole:
@@ -117,6 +124,8 @@ def values(space: Space, params: Mapping[str, Any], recipe: Recipe) -> dict[str,
             found[name] = next(value for value in among if _text(name, value) == drawn)
         else:
             found[name] = drawn if drawn == _of(recipe, name) else _rounded(drawn, among)
+            if name in data.AUGMENTATIONS and not found[name]:
+                found[name] = False  # of strength 0: left out
     return found
 
 

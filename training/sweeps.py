@@ -170,6 +170,11 @@ def grid(base: Request, folder: Path, words: Sequence[str], seeds: Sequence[int]
     values = settings.parse_grid(words, recipe)
     places: list[str | None] = [f"{number}/{folds}" for number in range(1, folds + 1)]
     combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    trained = [settings.change(recipe, {**base.settings, **each}) for each in combinations]
+    for this, one in zip(combinations, trained, strict=True):
+        if trained.count(one) > 1:
+            words = " ".join(settings.written(*each) for each in this.items())
+            raise UserError(f"--set: two combinations are the same training, one of them {words}: leave one out")
     return [
         job(replace(base, seed=seed, fold=fold, settings={**base.settings, **chosen}), folder)
         for seed in seeds
@@ -188,7 +193,9 @@ def job(request: Request, folder: Path, name: str | None = None) -> Job:
 def name_of(request: Request) -> str:
     """Name a run by all that was set, such as "cnn-fast-muon_lr=0.03-flip=false-seed=2"."""
     name, _ = recipe_of(request)
-    words = [f"{key}={_short(settings.written(key, value), len(key) + 1)}" for key, value in request.settings.items()]
+    order = [*Recipe._fields, *data.AUGMENTATIONS].index
+    given = sorted(request.settings.items(), key=lambda each: order(each[0]))
+    words = [f"{key}={_short(settings.written(key, value), len(key) + 1)}" for key, value in given]
     values = "-".join(words)
     values = values if len(values) <= LONGEST_NAME else f"{len(words)}-values-{_digest(values)}"
     fold = f"fold={request.fold.replace('/', 'of')}" if request.fold else ""
