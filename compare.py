@@ -28,7 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--baseline",
         metavar="ROW",
-        help="compare with this row: its number, or words of its name (default: the most accurate)",
+        help="compare with this row: its number, words of its name, or a value that no other row has (default: the "
+        "most accurate)",
     )
     for kind, what in {
         ".json": "all numbers, of the rows, the comparisons and the literature",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     files.check_folder(args.figures_dir)
     with cli.loading():  # PyTorch takes a second to import
-        from analysis import charts, comparison, plots, runs, tables
+        from analysis import charts, comparison, lines, plots, runs, tables
 
     sections = comparison.of(runs.group(runs.read(args.folders)), args.baseline)
     print(comparison.text(sections))
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         files.write_atomically(args.markdown, comparison.markdown(sections).encode())
     written += filter(None, (args.json, args.csv, args.markdown))
-    print("\nwritten to " + ", ".join(map(cli.shown, written)))
+    print("\n" + lines.wrapped("written to " + ", ".join(map(cli.shown, written))))
     return 0
 
 

@@ -193,12 +193,12 @@ def power(n: int, difference: float, sd: float, alpha: float = 0.05) -> float:
     return float(1 - tails[0] + tails[1])
 
 
-def seeds_needed(difference: float, sd: float, least: float = 0.8) -> int | None:
+def seeds_needed(difference: float, sd: float, alpha: float = 0.05, least: float = 0.8) -> int | None:
     """Find how many seeds a paired t test needs to show a true difference with a power of at least so much.
 
     Returns None above 1,000 seeds.
     """
-    return next((n for n in range(2, 1001) if power(n, difference, sd) >= least), None)
+    return next((n for n in range(2, 1001) if power(n, difference, sd, alpha) >= least), None)
 
 
 def entropy(shares: np.ndarray, axis: int) -> np.ndarray:

@@ -4,6 +4,7 @@ figure = charts.curves(sections)      # of comparison.of
 figure = charts.frontier(sections)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,30 +18,47 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 import recipes
-from analysis import comparison, placing, tables
-from analysis.plots import BLUE, DARK, GREEN, GREY, ORANGE, PALE, PINK, SKY, STYLE, YELLOW, Rows, blank, shortened
+from analysis import comparison, placing, runs, tables
+from analysis.plots import BLUE, DARK, GREEN, GREY, ORANGE, PALE, PINK, SKY, STYLE, YELLOW, Rows, blank
 from dataset import published
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, DARK, "#7A4FBF", "#8B5A2B")
 MOST = len(COLOURS)  # rows that a reader can tell apart
 MOST_NAMED = 20  # rows in a chart that names each point
 GAP = 0.06  # between two names, of the height of a panel
+EPOCHS = "epoch by epoch: mean of the runs, and a band from the least to the most"
 LABELS = {("train", "loss"): "loss, as each row defines it", ("select", "loss"): "cross-entropy, nats"}
-LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}  # from the name's left
+LEADER = {"arrowstyle": "-", "linestyle": ":", "linewidth": 0.6, "color": GREY, "shrinkA": 1, "shrinkB": 3}
+LEADER |= {"relpos": (0, 0.5)}  # from the name's left
 COSTS = {"seconds": "training time, seconds", "parameters": "parameters", "mflop": "MFLOP to classify one image"}
 
 
 def curves(sections: Sequence[comparison.Section]) -> Figure:
-    """Draw the curves of all rows; of too many, those with the most runs, and of these the most accurate.
+    """Draw the curves of all rows; of too many, the baselines and those with the most runs, then the most accurate.
 
     They are of the images that chose the epoch, where these are the same for all rows, else of the training images.
     """
     rows = [row for section in sections for row in section.rows]
-    shown = sorted(rows, key=lambda row: -len(row.runs))[:MOST]
+    shown, chosen = _most(rows, [section.baseline for section in sections])
     side, images = _measured(shown)
-    said = f"{images}, epoch by epoch: mean of the runs, and a band from the least to the most"
-    said += f"\n{len(shown)} of {len(rows)} rows: those with the most runs" if len(shown) < len(rows) else ""
-    return draw_curves({row.name: [run.epochs for run in row.runs] for row in shown}, side, said)
+    is_short = all(len(run.epochs) == 1 for row in shown for run in row.runs)  # too short for a band
+    over = "after one epoch: mean of the runs" if is_short else EPOCHS
+    said = f"{images}, {over}"
+    names = comparison.names([row.facts for row in shown])  # without what all of these share
+    epochs = [[run.epochs for run in row.runs] for row in shown]
+    return draw_curves(dict(zip(names, epochs, strict=True)), side, said + chosen)
+
+
+def _most(rows: Sequence[comparison.Row], baselines: Sequence[comparison.Row]) -> tuple[list[comparison.Row], str]:
+    """Choose MOST rows to draw, in their order, and say which these are; "" for all of them."""
+    if len(rows) <= MOST:
+        return list(rows), ""
+    best = sorted(rows, key=lambda row: (-len(row.runs), -row.figures["accuracy"]))
+    numbers = [row.number for row in sorted(best, key=lambda row: row not in baselines)[:MOST]]
+    which = "the most accurate" if len({len(row.runs) for row in rows}) == 1 else "those with the most runs"
+    if {*numbers} != {row.number for row in best[:MOST]}:
+        which = f"the baseline and {which}"
+    return [row for row in rows if row.number in numbers], f"\n{MOST} of {len(rows)} rows: {which}"
 
 
 def _measured(rows: Sequence[comparison.Row]) -> tuple[str, str]:
@@ -74,10 +92,13 @@ def frontier(sections: Sequence[comparison.Section]) -> Figure | None:
     if len(rows) > MOST_NAMED:
         said.append(f"These are the {MOST_NAMED} most accurate of {len(rows)} rows.")
     rows = rows[:MOST_NAMED]
+    figures = [row.figures for row in rows]
+    if len({each["model"] for each in figures}) > 1:
+        figures = [each | {"mflop": runs.mflop(each["model"])} for each in figures]
     literature = tables.literature() if rows[0].runs[0].images[:2] == ("test", published.NAME) else []
     shown = comparison.names([row.facts for row in rows])
     what = "Test accuracy" if is_test else "Held-out accuracy"
-    return draw_frontier([row.figures for row in rows], shown, literature, " ".join(said), what)
+    return draw_frontier(figures, shown, literature, " ".join(said), what)
 
 
 @matplotlib.rc_context(STYLE)
@@ -99,7 +120,7 @@ def draw_curves(rows: Mapping[str, Sequence[Rows]], side: str, title: str) -> Fi
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:g}"))
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color=PALE, linewidth=0.6)
         _name_curves(axes, [(values.shape[1], float(values.mean(0)[-1])) for values in figures], list(rows))
     figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
@@ -127,11 +148,21 @@ def _name_curves(axes: Axes, ends: Sequence[tuple[int, float]], names: Sequence[
     """Write the names at the right of a panel, at the height of the ends of their curves where there is room."""
     low, high = axes.get_ylim()
     heights = _apart([(y - low) / (high - low) for _, y in ends], GAP)
-    for end, height, name, colour in zip(ends, heights, names, COLOURS, strict=False):
+    for end, height, name, colour in zip(ends, heights, _fitting(names, 40), COLOURS, strict=False):
         axes.annotate(
-            shortened(name, 40), end, (1.06, height), textcoords="axes fraction", color=colour, size=9, va="center",
-            arrowprops=LEADER | {"color": colour},
+            name, end, (1.06, height), textcoords="axes fraction", color=colour, size=9, va="center",
+            arrowprops=LEADER,
         )  # fmt: skip
+
+
+def _fitting(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names where they say least: first what stands before "=", alike in all, then their middle."""
+    said = list(names)
+    for kept in range(20, 2, -1):
+        if max(map(len, said)) <= width:
+            return said
+        said = [re.sub(rf"\b(\w{{{kept}}})\w\w+=", r"\1…=", name) for name in names]
+    return [name if len(name) <= width else f"{name[: width // 2]}…{name[1 - width // 2 :]}" for name in said]
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
@@ -152,8 +183,9 @@ def draw_frontier(
 ) -> Figure:
     """Draw an accuracy against seconds of training, parameters and operations, with every point named.
 
-    rows: of runs.describe, one or more, and their names. literature: dicts with name, accuracy (0 to 1), parameters,
-    and old_release where they used the first release. Rows of one model are drawn against seconds alone.
+    rows: of runs.describe, one or more, and their names; of several models with "mflop" of runs. literature: dicts
+    with name, accuracy (0 to 1), parameters, and old_release where they used the first release. Rows of one model are
+    drawn against seconds alone.
     """
     palette = (BLUE, ORANGE, GREEN, SKY, YELLOW)
     models = list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: row["parameters"])))
@@ -222,7 +254,10 @@ def _pareto(rows: Rows, key: str) -> list[Mapping[str, Any]]:
 def _frontier_legend(figure: Figure, rows: Rows, literature: Rows, colours: Mapping[str, str]) -> Legend:
     """Explain colours, fillings, crosses and the line below the panels."""
     dot: dict[str, Any] = {"linestyle": "", "marker": "o"}
-    entries = [(Line2D([], [], color=colour, **dot), model) for model, colour in colours.items()]
+    entries = []
+    for model, colour in colours.items():
+        filled = any(row["precision"] != "float32" for row in rows if row["model"] == model)
+        entries.append((Line2D([], [], color=colour, markerfacecolor=None if filled else "white", **dot), model))
     for precision in dict.fromkeys(row["precision"] for row in rows):
         hollow = precision == "float32"
         filling = Line2D([], [], color=DARK, markerfacecolor="white" if hollow else None, **dot)

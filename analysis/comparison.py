@@ -22,13 +22,14 @@ from training.command import differences
 
 WORTH = 0.002  # a difference of accuracies, 0.2 points, that a reader may care about
 SIGNIFICANT = 0.05
-USUAL = 5  # seeds of a row
+USUAL = 5  # seeds of a row; with fewer, their scatter is too uncertain to say that a test would have shown something
+NAMED = 4  # rows without a test; more are given by their numbers alone
 LABELS = {"train_images": "training images", "select_images": "selection images"}
 ON = {  # what rows are measured on: of alike.folds, else one of several folds
     "test": "test accuracy on the {n} test images of {data}",
     "val": "held-out accuracy on the {n} validation images of {data}",
 }
-FOLDS = "held-out accuracy on {folds} folds of the training images of {data}, each left out of training in turn"
+IN_TURN = ", each left out of training in turn"
 
 
 class Row(NamedTuple):
@@ -145,9 +146,25 @@ def _common(rows: Sequence[Row]) -> str:
 def _images(rows: Sequence[Row], every: Iterable[tuple[str, ...]]) -> str:
     """Say on which images rows are measured."""
     kind, data, *rest = rows[0].runs[0].images
-    said = ON.get(kind, FOLDS).format(folds=kind, data=data, n=rest[0] if rest else "")
+    if kind in ON:
+        said = ON[kind].format(data=data, n=rest[0] if rest else "")
+    else:
+        said = f"held-out accuracy on {_folds(rows, kind)} of the training images of {data}"
+        said += IN_TURN if _has_several_folds(rows) else ""
     several = [other for other in every if other[:2] == (kind, data)]
     return said if len(several) < 2 else f"{said} ({' '.join(each[:8] for each in rest)})"
+
+
+def _folds(rows: Iterable[Row], of: str) -> str:
+    """Name the folds that runs hold out: "5 folds" for all of them, "fold 1 of 3", "folds 1, 2 of 5"."""
+    held_out = sorted({run.unit.fold for row in rows for run in row.runs})
+    if len(held_out) == int(of):
+        return f"{of} folds"
+    return f"fold{'s' if len(held_out) > 1 else ''} {_ranges(held_out)} of {of}"
+
+
+def _has_several_folds(rows: Iterable[Row]) -> bool:
+    return len({run.unit.fold for row in rows for run in row.runs}) > 1
 
 
 def _label(name: str) -> str:
@@ -163,10 +180,15 @@ def _best(rows: Sequence[Row]) -> Row:
 
 
 def _named(baseline: str, rows: Sequence[Row]) -> Row:
-    """Return the row of that number, or the only row whose name has these words."""
-    words = set(baseline.split())
+    """Return the row of that number, or the only row whose name has these words, or that has these values."""
+    words, shown = set(baseline.split()), columns(rows)
     found = [row for row in rows if baseline in (str(row.number), row.name)]
     found = found or [row for row in rows if words and words <= set(row.name.split())]
+    found = found or [
+        row
+        for row in rows
+        if words and words <= {*row.name.split(), *(alike.text(name, row.facts.get(name)) for name in shown)}
+    ]
     if len(found) == 1:
         return found[0]
     if found:
@@ -197,26 +219,39 @@ def _pairs(rows: Sequence[Row], baseline: Row) -> list[dict[str, Any]]:
 def pair(a: Mapping[alike.Unit, float], b: Mapping[alike.Unit, float], folds: str | None = None) -> dict[str, Any]:
     """Compare two rows, accuracies by unit, over the units of both: metrics.paired; of less than two only {"n"}.
 
-    folds: of alike.folds. "seeds_needed" is how many show a difference of WORTH with a power of 80%, None above 1,000;
-    absent for folds, whose number is fixed.
+    folds: of alike.folds. "over" says whether the units differ in "seeds", "folds" or "seeds and folds".
     """
     units = sorted(a.keys() & b.keys())
     if len(units) < 2:
         return {"n": len(units)}
-    overlap = alike.overlap(units, folds)
-    found = metrics.paired([a[unit] for unit in units], [b[unit] for unit in units], overlap)
-    if found["p_value"] is None or overlap:
-        return found
-    return found | {"seeds_needed": metrics.seeds_needed(WORTH, found["sd"])}
+    found = metrics.paired([a[unit] for unit in units], [b[unit] for unit in units], alike.overlap(units, folds))
+    return found | {"over": _over(units)}
+
+
+def _over(units: Iterable[alike.Unit]) -> str:
+    seeds, folds = (len(set(part)) > 1 for part in zip(*units, strict=True))
+    return " and ".join([*(["seeds"] if seeds or not folds else []), *(["folds"] if folds else [])])
 
 
 def correct(pairs: Sequence[dict[str, Any]]) -> None:
-    """Add "p_holm" to the pairs that were tested, by Holm's method over all of them, and to each "text"."""
+    """Add "p_holm" to the pairs that were tested, by Holm's method over all of them, and to each "text".
+
+    "seeds_needed" is how many show a difference of "worth" at the strictest step of that method with a power of 80%,
+    None above 1,000. It is absent for folds, whose number is fixed, and for two seeds, whose SD says too little.
+    """
     tested = [each for each in pairs if each.get("p_value") is not None]
     for each, p in zip(tested, metrics.holm([each["p_value"] for each in tested]), strict=True):
         each["p_holm"] = p
+        if each["over"] == "seeds" and each["n"] > 2:
+            each["worth"] = abs(each["difference"]) if _is_lost(each) else WORTH
+            each["seeds_needed"] = metrics.seeds_needed(each["worth"], each["sd"], SIGNIFICANT / len(tested))
     for each in pairs:
         each["text"] = sentence(each)
+
+
+def _is_lost(pair: Mapping[str, Any]) -> bool:
+    """Say whether a difference is significant by itself, but not after the correction."""
+    return pair["p_value"] < SIGNIFICANT <= pair["p_holm"]
 
 
 def sentence(pair: Mapping[str, Any]) -> str:
@@ -229,23 +264,28 @@ def sentence(pair: Mapping[str, Any]) -> str:
         return f"{difference:+.2f} points for each of {n} seeds: no test is possible where all differences are equal"
     low, high = (100 * end for end in interval)
     p = f"p = {pair['p_holm']:.2g}" if pair["p_holm"] >= 1e-4 else "p < 0.0001"
-    if pair["p_holm"] < SIGNIFICANT:
-        word, low, high = ("better", low, high) if difference > 0 else ("worse", -high, -low)
-        return f"{word} by {abs(difference):.2f} points ({low:.2f} to {high:.2f}), {p}, n = {n}"
-    corrected = " after the correction" if pair["p_value"] < SIGNIFICANT else ""
-    return f"no difference shown at n = {n}{corrected} ({low:+.2f} to {high:+.2f} points, {p}){_advice(pair)}"
+    if pair["p_value"] >= SIGNIFICANT:
+        return f"no difference shown at n = {n} ({low:+.2f} to {high:+.2f} points, {p}){_advice(pair)}"
+    words, low, high = (("better", "higher"), low, high) if difference > 0 else (("worse", "lower"), -high, -low)
+    said = f"by {abs(difference):.2f} points ({low:.2f} to {high:.2f})"
+    if _is_lost(pair):
+        return f"{words[1]} {said}, but not significant after the correction ({p}, n = {n}){_advice(pair)}"
+    return f"{words[0]} {said}, {p}, n = {n}"
 
 
 def _advice(pair: Mapping[str, Any]) -> str:
-    """Say how many seeds show a difference that matters."""
+    """Say how many seeds show a difference: the one found where the correction lost it, else one that matters."""
+    if pair["n"] == 2:
+        return f"; too few {pair['over']} to tell"
     if "seeds_needed" not in pair:
         return ""
-    points, needed = f"{100 * WORTH:.1f} points", pair["seeds_needed"]
+    what = "that difference" if _is_lost(pair) else f"a difference of {100 * WORTH:.1f} points"
+    needed = pair["seeds_needed"]
     if needed is None:
-        return f"; a difference of {points} would need over 1,000 seeds"
-    if needed <= pair["n"]:
-        return f"; a difference of {points} would likely have shown"
-    return f"; a difference of {points} would need about {needed} seeds"
+        return f"; {what} would need over 1,000 seeds"
+    if needed > pair["n"]:
+        return f"; {what} would need about {needed} seeds"
+    return f"; {what} would likely have shown" if pair["n"] >= USUAL else "; more seeds are needed to tell"
 
 
 # --- text ------------------------------------------------------------------------------------------------
@@ -307,6 +347,7 @@ def numbers(sections: Sequence[Section]) -> dict[str, Any]:
         "runs": [
             {"row": row.number, "name": row.name, "images": row.runs[0].images[0]}
             | row.figures
+            | {"mflop": runs.mflop(row.figures["model"])}
             | {"units": [[*run.unit] for run in row.runs], "accuracies": [run.accuracy for run in row.runs]}
             for row in rows
         ],
@@ -340,9 +381,11 @@ def _compared(section: Section) -> list[str]:
     best = "" if section.is_chosen else ", the best"
     said = [f"Against {section.baseline.number}{best}: {section.baseline.name}"]
     said += [f"{pair['row']} {pair['name']}: {pair['text']}" for pair in section.pairs if pair["n"] > 1]
-    if untested := [pair["row"] for pair in section.pairs if pair["n"] < 2]:
-        few = f"fewer than 2 runs have a seed in common with {section.baseline.number}"
-        said.append(f"{_ranges(untested)}: no test is possible: {few}")
+    if untested := [pair for pair in section.pairs if pair["n"] < 2]:
+        named = ", ".join(f"{pair['row']} {pair['name']}" for pair in untested)
+        which = named if len(untested) <= NAMED else _ranges([pair["row"] for pair in untested])
+        units = "folds" if _has_several_folds(section.rows) else "seeds"
+        said.append(f"{which}: no test is possible: fewer than 2 {units} in common with {section.baseline.number}")
     return said
 
 
@@ -359,13 +402,12 @@ def notes(sections: Sequence[Section]) -> list[str]:
     pairs, found = [pair for section in sections for pair in section.pairs], []
     rows = [row for section in sections for row in section.rows]
     if tested := [pair for pair in pairs if "p_holm" in pair]:
-        correction = f", with Holm's correction for {len(tested)} comparisons" if len(tested) > 1 else ""
-        found.append(
-            f"p: paired t test over common seeds, two-sided{correction}. Intervals of differences: 95%"
-            f"{', without correction' if correction else ''}. Seeds needed: for a power of 80%."
-        )
+        found.append(_tests(tested))
+    if any("ci95" in row.figures and row.runs[0].images[0] == "test" for row in rows):
+        found.append("95% interval: of the mean over seeds. It leaves out the chance in the choice of test images.")
     if any(pair["n"] < 2 for pair in pairs):
-        found.append(_more_seeds(sections))
+        advice = f"{cli.command('sweep.py')} --seeds {USUAL}"
+        found.append(f"A test needs the same seeds or folds in both rows: train more seeds ({advice}).")
     guessed = [each for each in sections if not each.is_chosen and any("p_holm" in pair for pair in each.pairs)]
     if guessed:
         best = " and ".join(f"row {section.baseline.number}" for section in guessed)
@@ -379,11 +421,13 @@ def notes(sections: Sequence[Section]) -> list[str]:
     return found
 
 
-def _more_seeds(sections: Sequence[Section]) -> str:
-    """Say how to train what a test lacks: the row with the fewest runs."""
-    section = next(each for each in sections if any(pair["n"] < 2 for pair in each.pairs))
-    row = min(section.rows, key=lambda row: len(row.runs))
-    said = f"A test needs the same seeds in both rows, usually {USUAL}. Row {row.number} has {len(row.runs)}"
-    if row.figures["changed"]:
-        return f"{said}."
-    return f"{said}; more by {cli.command('train.py')} {row.figures['command']} --seed N --checkpoint-dir DIR"
+def _tests(tested: Sequence[Mapping[str, Any]]) -> str:
+    """Say which test the comparisons are by."""
+    n, over = len(tested), " or ".join(sorted({pair["over"] for pair in tested}))
+    correction = f", with Holm's correction for {n} comparisons" if n > 1 else ""
+    said = f"p: paired t test over common {over}, two-sided{correction}. Intervals of differences: 95%"
+    said += ", without correction." if correction else "."
+    if not any(" would need about " in pair["text"] for pair in tested):
+        return said
+    step = f" at p < {SIGNIFICANT} / {n}, the strictest step of the correction" if n > 1 else ""
+    return f"{said} Seeds needed: for a power of 80%{step}."

@@ -204,7 +204,6 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
     units, of = [run.unit for run in runs], alike.folds(flags)
     figures = metrics.spread([run.accuracy for run in runs], alike.overlap(units, of))
     cores = max(run.cores for run in runs)
-    network = models.build(model)
     row = {
         "model": model,
         "recipe": flags["recipe"],
@@ -220,13 +219,18 @@ def describe(runs: Sequence[Run], differs: str = "") -> dict[str, Any]:
         "seconds": median(run.seconds for run in runs if run.cores == cores),
         "cores": cores,
         "precision": flags["precision"],
-        "parameters": models.count_parameters(network),
-        "mflop": models.count_flop(network) / 1e6,
+        "parameters": models.count_parameters(models.build(model)),
         "command": command(model, flags | ({"fold": f"K/{of}"} if alike.unit(0, flags).fold else {})),
         "changed": changed(flags),
     }
     row |= {"differs": differs} if differs else {}
     return row | {key: figures[key] for key in ("sd", "ci95") if key in figures}
+
+
+@functools.cache
+def mflop(model: str) -> float:
+    """Count the MFLOP to classify one image. It loads a part of PyTorch that takes seconds."""
+    return models.count_flop(models.build(model)) / 1e6
 
 
 def _is_published(model: str, flags: dict[str, Any], data: str) -> bool:

@@ -88,6 +88,11 @@ def test_the_seeds_needed_are_the_fewest_with_that_power():
     needed = metrics.seeds_needed(0.002, 0.0025)
     assert metrics.power(needed - 1, 0.002, 0.0025) < 0.8 <= metrics.power(needed, 0.002, 0.0025)
     assert metrics.seeds_needed(0.002, 0.1) is None
+    corrected = metrics.seeds_needed(0.002, 0.0025, 0.05 / 3)
+    assert (
+        metrics.power(corrected - 1, 0.002, 0.0025, 0.05 / 3) < 0.8 <= metrics.power(corrected, 0.002, 0.0025, 0.05 / 3)
+    )
+    assert corrected > needed
 
 
 # --- rows and comparisons --------------------------------------------------------------------------------
@@ -119,6 +124,34 @@ def test_a_comparison_is_said_in_plain_words(run):
     assert comparison.of(precise)[0].pairs[0]["text"].endswith("a difference of 0.2 points would likely have shown")
 
 
+def test_a_difference_that_the_correction_hides_is_still_named(run):
+    """Ten rows, so that p is multiplied by nine for the strictest; its seeds are counted at that step."""
+    change = np.array([0.02, 0.03, 0.025])
+    others = [row(run, A[:3] - 0.01 * np.roll([1, -1, 0.5], k), lr=k + 1) for k in range(8)]
+    (section,) = comparison.of([row(run, A[:3], lr=0.1), row(run, A[:3] - change, lr=0.2), *others], "lr=0.1")
+    (pair,) = (pair for pair in section.pairs if pair["name"] == "lr=0.2")
+    needed = metrics.seeds_needed(0.025, change.std(ddof=1), 0.05 / 9)
+    assert pair["p_value"] < 0.05 < pair["p_holm"]
+    assert re.fullmatch(
+        r"lower by 2.50 points \(1.26 to 3.74\), but not significant after the correction \(p = 0.12, n = 3\); "
+        f"that difference would need about {needed} seeds",
+        pair["text"],
+    )
+    said = comparison.text([section]).replace("\n    ", " ")
+    assert "Seeds needed: for a power of 80% at p < 0.05 / 9, the strictest step of the correction." in said
+    assert "95% interval: of the mean over seeds. It leaves out the chance in the choice of test images." in said
+
+
+@pytest.mark.parametrize(
+    ("n", "end"), [(2, "; too few seeds to tell"), (4, "; more seeds are needed to tell"), (5, " likely have shown")]
+)
+def test_few_seeds_are_not_said_to_show_that_there_is_no_difference(n, end, run):
+    precise = A[:n] + np.array([1e-4, -1e-4, 0, 0, 0])[:n]
+    said = comparison.of([row(run, A[:n], lr=0.1), row(run, precise, lr=0.2)])
+    assert said[0].pairs[0]["text"].endswith(end)
+    assert "Seeds needed" not in comparison.text(said)
+
+
 def test_only_common_seeds_are_compared(run):
     other = {1: 0.80, 3: 0.85, 4: 0.82, 9: 0.99, 10: 0.99}
     (section,) = comparison.of([row(run, A, lr=0.1), row(run, [], images=other, lr=0.2)])
@@ -132,10 +165,10 @@ def test_where_no_test_is_possible_it_says_what_to_train(run):
         [row(run, A, lr=0.1), row(run, [0.9], lr=0.2), row(run, [], images={7: 0.8, 8: 0.8}, lr=0.3)]
     )
     text = comparison.text(sections).replace("\n    ", " ")
-    assert "2, 3: no test is possible: fewer than 2 runs have a seed in common with 1" in text
-    assert "A test needs the same seeds in both rows, usually 5. Row 2 has 1; more by" in text
-    assert "train.py --model mlp" in text
-    assert "--seed N --checkpoint-dir DIR" in text
+    assert "2 lr=0.2, 3 lr=0.3: no test is possible: fewer than 2 seeds in common with 1" in text
+    assert re.search(
+        r"A test needs the same seeds or folds in both rows: train more seeds \(.*sweep.py --seeds 5\)", text
+    )
     assert "chosen after the results" not in text
 
 
@@ -162,12 +195,34 @@ def test_rows_on_other_images_are_shown_apart_and_not_compared(run):
     assert [len(section.rows) for section in sections] == [1, 2, 2]
     assert [row.number for section in sections for row in section.rows] == [1, 2, 3, 4, 5]
     assert [len(section.pairs) for section in sections] == [0, 1, 1]
-    assert "held-out accuracy on 5 folds of the training images of sample" in text
+    assert "held-out accuracy on 5 folds of the training images of sample, each left out of training in turn" in text
     assert "Rows that are measured on different images are not compared with one another." in text
     assert "Folds share training images" in text
     (pair,) = sections[1].pairs
     assert (pair["n"], pair["p_value"]) == (5, None)  # the same difference in each fold
     assert len({row.name for section in sections for row in section.rows}) == 5
+
+
+def test_one_fold_alone_is_said_to_be_one(run):
+    """Such as those of sweep.py --judge 40k/20k."""
+    rows = []
+    for values, lr in ((A, 0.1), (B, 0.2)):
+        flags = run.flags | {"fold": "1/3"}
+        rows.append([each._replace(flags=flags, unit=alike.unit(seed, flags), images=("3", "sample"))
+                     for seed, each in enumerate(row(run, values, lr=lr, folds="3"))])  # fmt: skip
+    text = comparison.text(comparison.of(rows)).replace("\n    ", " ")
+    assert "held-out accuracy on fold 1 of 3 of the training images of sample, mean" in text
+    assert "in turn" not in text
+    assert "over common seeds, " in text
+
+
+def test_the_note_says_over_what_a_test_is(run):
+    for n, over in ((5, "folds"), (10, "seeds and folds")):
+        values = np.r_[A, B[::-1]][:n]
+        text = comparison.text(
+            comparison.of([row(run, values, "5", lr=0.1), row(run, values[::-1] - 0.1, "5", lr=0.2)])
+        )
+        assert f"over common {over}, two-sided" in text.replace("\n    ", " ")
 
 
 def test_the_units_of_folds_are_seed_and_fold(run):
@@ -183,6 +238,7 @@ def test_the_units_of_folds_are_seed_and_fold(run):
     [
         ("lr=0.3", "no row has the name or number 'lr=0.3': did you mean 'lr=0.[12]'"),
         ("batch_size=32", "fits 2 rows: batch_size=32 lr=0.2; batch_size=32 lr=0.1: add words, or give a number"),
+        ("32", "fits 2 rows"),
         ("9", "no row has the name or number '9'"),
         ("\n", "no row has the name"),
     ],
@@ -193,7 +249,7 @@ def test_a_baseline_that_is_no_row_is_an_error_that_helps(baseline, said, run):
     with pytest.raises(UserError, match=said) as error:
         comparison.of(rows, baseline)
     assert str(error.value).isprintable()
-    for text in ("batch_size=64", "3", "lr=0.1 batch_size=64"):
+    for text in ("batch_size=64", "3", "lr=0.1 batch_size=64", "64", "64 0.1"):
         assert comparison.of(rows, text)[0].baseline.facts["batch_size"] == 64
 
 

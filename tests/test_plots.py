@@ -1,6 +1,7 @@
 """The figures: what they show of real runs, and of data and losses of one's own."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -142,9 +143,45 @@ def test_the_frontier_names_every_point_in_a_free_place(shipped):
 def test_too_many_curves_are_those_of_the_rows_with_the_most_runs(shipped):
     sections = comparison.of(shipped)
     texts = drawn(charts.curves(sections))
-    assert "9 of 13 rows: those with the most runs" in texts[0] + texts[-1]
+    assert "9 of 13 rows: the baseline and those with the most runs" in texts[0] + texts[-1]
     assert texts.count("cnn published select=val") == 2
-    assert not any("resnet" in text for text in texts)  # of three runs each
+    resnets = [text for text in texts if "resnet" in text]  # of three runs each; one of them is the baseline
+    assert resnets == [sections[0].baseline.name] * 2
+
+
+def test_long_sweeps_of_one_epoch_are_readable(shipped):
+    (run, *_) = next(group for group in shipped if group[0].model == "mlp")
+    groups = [
+        [
+            run._replace(
+                unit=alike.Unit(seed),
+                facts=run.facts
+                | {"label_smoothing": number % 2 / 10, "a_long_name_of_a_value": number // 2, "lr": 0.01},
+                accuracy=0.9 - number / 100,
+                epochs=[run.epochs[0] | {"select_accuracy": 0.8 - number / 100}],
+            )
+            for seed in (0, 1)
+        ]
+        for number in range(12)
+    ]
+    for baseline, said in ((None, "the most accurate"), ("12", "the baseline and the most accurate")):
+        figure = charts.curves(comparison.of(groups, baseline))
+        texts = drawn(figure)
+        assert any(text.endswith(f"after one epoch: mean of the runs\n9 of 12 rows: {said}") for text in texts)
+        names = [text.get_text() for text in figure.axes[0].texts]
+        last = 5 if baseline else 4
+        assert len(set(names)) == 9
+        assert all(re.fullmatch(rf"label_\w*…?=0.[01] a_long_\w*…=[0-{last}]", name) for name in names)
+        low, high = figure.axes[0].get_xlim()
+        assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [1]
+
+
+def test_the_legend_shows_dots_as_they_are_drawn(shipped):
+    for precision, fill in (("float32", "white"), ("bfloat16", charts.BLUE)):
+        figures = [row.figures for row in comparison.of(shipped)[0].rows if row.figures["model"] == "mlp"]
+        figures = [each | {"precision": precision} for each in figures]
+        (legend,) = charts.draw_frontier(figures, ["name"] * len(figures), []).legends
+        assert legend.legend_handles[0].get_markerfacecolor() == fill
 
 
 @pytest.mark.parametrize("count", [2, 9])
