@@ -155,9 +155,11 @@ def test_a_teacher_must_not_have_seen_what_the_student_holds_out(fold_run, train
     for flags, said in (
         ([other, "--fold", "2/5"], "was not trained without fold 2/5.*with --fold 2/5"),
         ([of_the_fold, "--fold", "1/5"], "was not trained without fold 1/5"),
+        ([of_the_fold, "--fold", "2/5"], "its epoch was chosen on the images that fold 2/5 holds out"),
     ):
         assert_one_line_error(train(tmp_path, *words, *flags), said)
-    assert train(tmp_path, *words, of_the_fold, "--fold", "2/5").returncode == 0
+    assert train(tmp_path / "fit", "--epochs", "1", "--fold", "2/5").returncode == 0
+    assert train(tmp_path, *words, tmp_path / "fit" / "best_mlp_fmnist.pt", "--fold", "2/5").returncode == 0
 
 
 # --- the caller of a run ---------------------------------------------------------------------------------

@@ -38,12 +38,13 @@ Watch = Callable[[Mapping[str, Any]], bool | None]
 Load = Callable[..., list[data.Split]]
 
 
-def run(request: Request, watch: Watch | None = None, load: Load = data.load) -> int:
+def run(request: Request, watch: Watch | None = None, load: Load | None = None) -> int:
     """Begin or resume a run, to its end or to a stop. Returns the exit code.
 
     watch(row) is called with the row of each epoch, once that is recorded. Where it returns True, the run is given up:
     its status stays "interrupted", it cannot be resumed, and GIVEN_UP is returned.
-    load: data.load, or one that keeps the images for the next run. Raises UserError for a request that cannot be met.
+    load: instead of data.load, one that keeps the images for the next run.
+    Raises UserError for a request that cannot be met.
     """
     if request.model not in models.MODELS:
         raise UserError(f"--model {request.model!r}: the models here are {', '.join(models.MODELS)}")
@@ -58,7 +59,7 @@ def run(request: Request, watch: Watch | None = None, load: Load = data.load) ->
         if not plan:
             print(f"the run of {cli.shown(request.path)} has finished; without --resume, another begins")
             return 0
-        return Run(request, target, plan, watch, load).carry_out()
+        return Run(request, target, plan, watch, load or data.load).carry_out()
 
 
 class Run:
