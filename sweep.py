@@ -8,7 +8,7 @@ python sweep.py --model mlp --recipe fast --search "muon_lr=log:0.01..0.3 batch_
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from runtime import cli
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from training.plan import Request
     from training.sweeps import Job
 
 JUDGES = {"val": "val", "40k/20k": "1/3"}  # --judge, and what train.py --fold calls it
@@ -41,9 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     spaces = "search the best values with Optuna: name=low..high, name=log:low..high or name=value,value"
     parser.add_argument("--search", metavar="NAME=LOW..HIGH", help=spaces, **words)
     parser.add_argument("--trials", metavar="N", type=count, help="of a search, in all processes (default: 30)")
-    held_out = (
-        "training images to measure on, not the test set: val (5,000, the default of --search) or 40k/20k (20,000)"
-    )
+    held_out = "training images to measure on, not the test set: val (5,000; default of --search) or 40k/20k (20,000)"
     parser.add_argument("--judge", metavar="IMAGES", help=held_out)
     parser.add_argument("--jobs", metavar="N", type=count, default=1, help="runs to train at a time (default: 1)")
     shared = "where to write (default: sweeps). The same command on another machine that shares it shares the work"
@@ -60,9 +57,7 @@ def check(flags: argparse.Namespace) -> None:
         why = ": what the test set has chosen, it cannot judge any more" if flags.judge == "test" else ""
         raise UserError(f"--judge {flags.judge}{why}; use val or 40k/20k")
     if flags.search and (flags.folds or flags.seeds):
-        raise UserError(
-            "--search has no --seeds and no --folds: its trials have seed 0, and other seeds confirm the best"
-        )
+        raise UserError("--search has no --seeds and no --folds: trials have seed 0, and other seeds confirm the best")
     if flags.trials and not flags.search:
         raise UserError("--trials is of a --search; a grid has as many runs as combinations times seeds")
     if flags.folds and flags.judge:
@@ -87,23 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not flags.search:
         jobs = sweeps.grid(base, flags.dir.absolute(), flags.set, range(flags.seeds or 1), flags.folds or 0)
         sweeps.check(jobs)
-        remark(jobs[0].request, jobs[0].request.settings)
+        sweeps.remark(jobs[0].request, jobs[0].request.settings)
         return train(jobs, flags.jobs, compared)
     found = search.plan(base, flags.dir.absolute(), flags.set, flags.search, flags.trials or 30)
-    remark(found.base, {**found.base.settings, **found.space})
+    sweeps.remark(found.base, {**found.base.settings, **found.space})
     if code := pool.carry_out(found, flags.jobs):
         return code
     jobs = found.confirming()
     sweeps.check(jobs)
     return train(jobs, flags.jobs, found.summary)
-
-
-def remark(request: "Request", names: Collection[str]) -> None:
-    """Say on stderr what lr is, where it is not the rate of the large matrices."""
-    from training import settings, sweeps
-
-    if said := settings.remark(names, sweeps.recipe_of(request)[1]):
-        print(f"sweep.py: {said}", file=sys.stderr)
 
 
 def compared(jobs: Sequence["Job"]) -> str:

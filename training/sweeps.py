@@ -15,7 +15,8 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +158,12 @@ def recipe_of(request: Request) -> tuple[str, Recipe]:
         raise UserError(f"--model {request.model!r}: the models here are {', '.join(models.MODELS)}")
     name = request.recipe or recipes.default(request.model)
     return name, settings.change(recipes.find(name, request.model), request.settings)
+
+
+def remark(request: Request, names: Collection[str]) -> None:
+    """Say on stderr what lr is, where it is not the rate of the large matrices."""
+    if said := settings.remark(names, recipe_of(request)[1]):
+        print(f"sweep.py: {said}", file=sys.stderr)
 
 
 def grid(base: Request, folder: Path, words: Sequence[str], seeds: Sequence[int], folds: int = 0) -> list[Job]:
