@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     files.check_folder(args.figures_dir)
     with cli.loading():  # PyTorch takes a second to import
-        from analysis import charts, comparison, lines, plots, runs, tables
+        from analysis import charts, comparison, plots, runs, tables
 
     sections = comparison.of(runs.group(runs.read(args.folders)), args.baseline)
     print(comparison.text(sections))
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         files.write_atomically(args.markdown, comparison.markdown(sections).encode())
     written += filter(None, (args.json, args.csv, args.markdown))
-    print("\n" + lines.wrapped("written to " + ", ".join(map(cli.shown, written))))
+    print("\n" + cli.wrapped("written to " + ", ".join(map(cli.shown, written))))
     return 0
 
 

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from analysis.lines import accuracies, accuracy, measured_on, print_columns, wrapped
+from analysis.lines import accuracies, accuracy, measured_on, print_columns
 from runtime import cli
 from runtime.errors import UserError, one_line
 
@@ -105,7 +105,7 @@ def print_one(result: dict[str, Any]) -> None:
     described += [f"fold {fold}"] if (fold := (training["flags"] or {}).get("fold")) else []
     print(f"\n{one_line(result['checkpoint'])}: {', '.join([result['model'], *described])}")
     if "normalisation" in result:
-        print(wrapped(f"its input is normalised by {normalisation(result)}"))
+        print(cli.wrapped(f"its input is normalised by {normalisation(result)}"))
     print(measured_on(result))
     for key, metric in metrics.METRICS.items():
         figure = accuracy(result) if key == "accuracy" else f"{_number(result[key])} {metric.unit}"
@@ -113,7 +113,7 @@ def print_one(result: dict[str, Any]) -> None:
         if key == "accuracy" and "without" in result:
             print(f"  {'accuracy without these':<26}  {accuracy(result['without'])}")
     if result["caution"]:
-        print(wrapped(f"  caution: {result['caution']}"))
+        print(cli.wrapped(f"  caution: {result['caution']}"))
     width = max(map(len, ("class", *result["per_class"])))
     print(f"\n{'class':<{width}} {'precision':>9} {'recall':>7} {'F1':>7} {'images':>7}")
     for title, row in result["per_class"].items():
@@ -131,7 +131,7 @@ def print_several(content: dict[str, Any]) -> None:
     for number, result in enumerate(results, 1):
         print(f"{number:>2}  {one_line(name(result))}: {result['model']}")
         if "normalisation" in result:
-            print(wrapped(f"    its input is normalised by {normalisation(result)}"))
+            print(cli.wrapped(f"    its input is normalised by {normalisation(result)}"))
     columns = accuracies(results)
     for key in metrics.METRICS:
         if key not in columns:
@@ -142,7 +142,7 @@ def print_several(content: dict[str, Any]) -> None:
         if result["caution"]:
             cautions.setdefault(result["caution"], []).append(str(number))
     for caution, numbers in cautions.items():
-        print(wrapped(f"caution, {', '.join(numbers)}: {caution}"))
+        print(cli.wrapped(f"caution, {', '.join(numbers)}: {caution}"))
     print_means(content["means"])
     print_paired(content.get("paired", []))
     print_pairs(content["mcnemar"], len(results))
@@ -163,7 +163,7 @@ def print_means(means: list[dict[str, Any]]) -> None:
             text += "one seed, so no mean"
         for path in group.get("repeats", []):
             text += f"; {path} repeats a seed and does not count"
-        print(f"\n{wrapped(one_line(text))}")
+        print(f"\n{cli.wrapped(one_line(text))}")
 
 
 def print_paired(pairs: list[dict[str, Any]]) -> None:
@@ -171,9 +171,9 @@ def print_paired(pairs: list[dict[str, Any]]) -> None:
     if pairs:
         correction = f", p with Holm's correction for {len(pairs)}" if len(pairs) > 1 else ""
         head = f"Against {pairs[0]['against']}, the best mean: paired t test over common seeds{correction}"
-        print("\n" + wrapped(one_line(head)))
+        print("\n" + cli.wrapped(one_line(head)))
     for pair in pairs:
-        print(wrapped(one_line(f"{pair['name']}: {pair['text']}")))
+        print(cli.wrapped(one_line(f"{pair['name']}: {pair['text']}")))
 
 
 def print_pairs(pairs: list[dict[str, Any]], n: int) -> None:

@@ -228,6 +228,11 @@ def selection(flags: dict[str, Any]) -> Selection:
     return HELD_OUT if flags["fold"] and flags["select"] == "test" else SELECTIONS[flags["select"]]
 
 
+def fold_name(fold: str) -> str:
+    """Write a fold as a part of a file's name: "2of5"."""
+    return fold.replace("/", "of")
+
+
 def measured_on(flags: dict[str, Any]) -> str:
     """Name the images that a run was measured on: "test", or "held-out" for a fold. flags: of upgrade."""
     return "held-out" if flags["fold"] else "test"

@@ -306,7 +306,7 @@ def text(sections: Sequence[Section]) -> str:
 
 def _wrapped(text: str) -> str:
     """Break a text into lines, but not within "n = 5" and "p < 0.0001"."""
-    return lines.wrapped(re.sub(" ([=<]) ", "\xa0\\1\xa0", one_line(text))).replace("\xa0", " ")
+    return cli.wrapped(re.sub(" ([=<]) ", "\xa0\\1\xa0", one_line(text))).replace("\xa0", " ")
 
 
 def markdown(sections: Sequence[Section]) -> str:

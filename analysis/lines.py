@@ -4,13 +4,11 @@ print(lines.measured_on(result))                         # of evaluation.describ
 lines.print_columns(lines.accuracies(results))
 """
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from runtime import cli
 from runtime.errors import one_line
-
-WIDTH = 80  # columns of a terminal
 
 
 def measured_on(result: dict[str, Any]) -> str:
@@ -19,7 +17,7 @@ def measured_on(result: dict[str, Any]) -> str:
     said = [f"{split}{result['data']}, n = {result['n']:,}"]
     if without := result.get("without"):
         said.append(f"without these: the {without['excluded']:,} in {without['file']}; n = {without['n']:,} are left")
-    return "\n".join(wrapped(one_line(line)) for line in said)
+    return "\n".join(cli.wrapped(one_line(line)) for line in said)
 
 
 def accuracy(result: dict[str, Any]) -> str:
@@ -40,18 +38,13 @@ def _pair(title: str, of_intervals: str, results: list[dict[str, Any]]) -> dict[
     return {title: [f"{each['accuracy']:.2%}" for each in results], of_intervals: intervals}
 
 
-def wrapped(text: str) -> str:
-    """Break a text into lines that fit into WIDTH, without cutting a path."""
-    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
 def print_columns(columns_of: dict[str, list[str]]) -> None:
-    """Print columns, title to cells, with the rows numbered from 1; those that do not fit into WIDTH follow below."""
+    """Print columns, title to cells, with the rows numbered from 1; those that do not fit in follow below."""
     print(f"\n{columns(columns_of)}")
 
 
 def columns(cells_of: dict[str, list[str]], numbers: Sequence[int] | None = None) -> str:
-    """Lay out columns, title to cells; those that do not fit into WIDTH follow below.
+    """Lay out columns, title to cells; those that do not fit in follow below.
 
     numbers: of the rows, by default from 1.
     """
@@ -59,7 +52,7 @@ def columns(cells_of: dict[str, list[str]], numbers: Sequence[int] | None = None
     for title, cells in cells_of.items():
         wide = max(map(len, (title, *cells)))
         column = [f"  {text:>{wide}}" for text in (title, *cells)]
-        if not blocks or len(blocks[-1][0]) + len(column[0]) > WIDTH:
+        if not blocks or len(blocks[-1][0]) + len(column[0]) > cli.WIDTH:
             blocks.append(["  ", *(f"{number:>2}" for number in numbers or range(1, len(cells) + 1))])
         blocks[-1] = [line + part for line, part in zip(blocks[-1], column, strict=True)]
     return "\n\n".join("\n".join(block) for block in blocks)

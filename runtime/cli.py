@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the fir
 STEERING = re.compile(
     r"(?s)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]|(?<=.)\r(?=.)"
 )
+WIDTH = 80  # columns of a terminal
 UP = "\x1b[A"  # by which tqdm moves between several bars
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal or the connection is lost; Windows has no such signal
 
@@ -173,6 +175,11 @@ def _is_history(path: Path) -> bool:
 def shown(path: str | Path) -> str:
     """Write a path in one line of printable characters: relative if it lies below the working directory."""
     return one_line(relative(path))
+
+
+def wrapped(text: str) -> str:
+    """Break a text into lines that fit into WIDTH, without cutting a path."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def relative(path: str | Path) -> str:

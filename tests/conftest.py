@@ -1,6 +1,7 @@
 """What the tests share: the sample, the scripts as a user runs them, and checkpoints that they trained."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -131,6 +132,20 @@ def _run(function, arguments, out, err):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     os.chdir(ROOT)
     function(*arguments)
+
+
+TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
+
+
+def without_times(contents):
+    """Files' contents by name, with histories read, and without all that an interruption may change in them."""
+    for name in [name for name in contents if name.endswith(".json")]:
+        history = json.loads(contents[name])
+        for part in (history, *history["epochs"]):
+            for key in TIMES:
+                part.pop(key, None)
+        contents[name] = history
+    return contents
 
 
 def _script(name, arguments, before):

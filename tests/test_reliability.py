@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SAMPLE, in_a_fork, start_training, stop_at_the_first_look
+from conftest import SAMPLE, in_a_fork, start_training, stop_at_the_first_look, without_times
 
 import checkpoint
 import data
@@ -31,8 +31,6 @@ from runtime import files
 from runtime.errors import UserError
 from training import plan, record
 from training import run as training_run
-
-TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
 
 
 class Kind(NamedTuple):
@@ -84,13 +82,7 @@ def run(folder, kind, *more, before=None):
 def outcome(folder):
     """Everything that a run leaves, by file name, without the times."""
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for name in [name for name in contents if name.endswith(".json")]:
-        history = json.loads(contents[name])
-        for part in (history, *history["epochs"]):
-            for key in TIMES:
-                part.pop(key, None)
-        contents[name] = history
-    return contents
+    return without_times(contents)
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,13 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from conftest import SAMPLE, _script, assert_one_line_error, in_a_fork, run_script, start_fork
+from conftest import SAMPLE, _script, assert_one_line_error, in_a_fork, run_script, start_fork, without_times
 
 import recipes
 from runtime.errors import UserError
 from training import pool, record, search, space, sweeps
 from training.plan import Request
 
-TIMES = ("seconds", "images_per_second", "training_seconds", "resumed")  # all that an interruption may change
 GRID = ("--model", "mlp", "--set", "batch_size=16", "epochs=3", "lr=0.001,0.004", "--seeds", 2)
 SEARCH = ("--model", "mlp", "--recipe", "fast", "--set", "epochs=2", "--trials", 3)
 JOURNAL = Path("search-mlp-fast-val", "journal.log")
@@ -48,13 +47,7 @@ def outcome(folder):
     """What runs have left, by file, without the times and the logs; a search's trials and results too."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", "journal.log")]
     contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    for name in [name for name in contents if name.endswith(".json")]:
-        history = json.loads(contents[name])
-        for part in (history, *history["epochs"]):
-            for key in TIMES:
-                part.pop(key, None)
-        contents[name] = history
-    return contents
+    return without_times(contents)
 
 
 def workers(folder):
@@ -321,15 +314,16 @@ def test_a_search_is_confirmed_with_other_seeds_and_shared_by_processes_of_which
     assert_one_line_error(more, "holds a search of another space: give this search another --dir")
 
 
-def carry_out_a_search_of_few_values(folder):
+def carry_out_a_search(folder, words, total):
+    """Search among these values in this process. Returns the exit code, and how the trials ended."""
     share_the_forkserver()
     base = Request("mlp", recipe="fast", fold="val", data_dir=SAMPLE, other_data=True)
-    found = search.plan(base, folder, ["epochs=1"], ["batch_size=64,128", "flip=true,0.5"], 3)
+    found = search.plan(base, folder, ["epochs=1"], words, total)
     return pool.carry_out(found, 1), found.states()
 
 
 def test_a_trial_with_the_values_of_an_earlier_one_is_not_trained(tmp_path):
-    code, states = in_a_fork(carry_out_a_search_of_few_values, tmp_path)
+    code, states = in_a_fork(carry_out_a_search, tmp_path, ["batch_size=64,128", "flip=true,0.5"], 3)
     assert code == 0
     (again, *_) = [state for state in states.values() if "not trained" in state.note]
     first = states[re.search(r"the values of (trial-\d+)", again.note)[1]]
@@ -338,15 +332,8 @@ def test_a_trial_with_the_values_of_an_earlier_one_is_not_trained(tmp_path):
     assert trained == {name for name, state in states.items() if "not trained" not in state.note}
 
 
-def carry_out_a_search_of_values_that_do_not_go_together(folder):
-    share_the_forkserver()
-    base = Request("mlp", recipe="fast", fold="val", data_dir=SAMPLE, other_data=True)
-    found = search.plan(base, folder, ["epochs=1"], ["optimizer=adam,muon", "muon_lr=0.05..0.2"], 6)
-    return pool.carry_out(found, 1), found.states()
-
-
 def test_a_trial_whose_values_do_not_go_together_fails_alone(tmp_path):
-    code, states = in_a_fork(carry_out_a_search_of_values_that_do_not_go_together, tmp_path)
+    code, states = in_a_fork(carry_out_a_search, tmp_path, ["optimizer=adam,muon", "muon_lr=0.05..0.2"], 6)
     failed = [state.failure for state in states.values() if state.failure]
     assert code == 0
     assert 0 < len(failed) < 6

@@ -74,7 +74,7 @@ def name(history: Mapping[str, Any]) -> str:
     flags = recipes.upgrade(history["flags"])
     words = [history["model"], flags["recipe"]]
     words += [settings.written(*each) for each in command.differences(history["model"], flags).items()]
-    words += [f"fold={flags['fold'].replace('/', 'of')}"] if flags["fold"] else []
+    words += [f"fold={recipes.fold_name(flags['fold'])}"] if flags["fold"] else []
     words += ["taught"] if flags["teachers"] else []
     return "-".join([*words, f"seed={history['seed']}"]).replace("/", "_")[:LONGEST]
 

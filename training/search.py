@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import sys
-import textwrap
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,6 @@ from training.sweeps import Job, State
 SEED = 0  # of every trial
 CONFIRMING = range(1, 6)  # seeds that no trial has used
 OWN = "the recipe's own values"
-WIDTH = 80  # columns of a terminal
 WARMING = 4  # a trial is never given up in the first of so many parts of its epochs
 
 
@@ -62,7 +60,7 @@ def plan(base: Request, folder: Path, fixed: Sequence[str], words: Sequence[str]
     if (several := space.combinations(among)) and several <= trials:
         raise UserError(f"--search has only {several} combinations: --set with --judge trains each of them")
     files.check_folder(folder)
-    fold = str(base.fold).replace("/", "of")
+    fold = recipes.fold_name(str(base.fold))
     search = Search(base, folder / f"search-{base.model}-{name}-{fold}", among, trials)
     search.prepare(sweeps.Facts().of(replace(base, seed=SEED)))
     return search
@@ -276,7 +274,7 @@ class Search:
         Where the recipe's own values are the best, they are alone.
         """
         best, own = self.settings_of(self.best()), dict(self.base.settings)
-        found = settings.change(self.recipe, best) != self.recipe
+        found = self._trained(self.best()) != self.recipe
         return [
             sweeps.job(replace(self.base, settings=values, seed=seed), self.folder / "confirm")
             for seed in CONFIRMING
@@ -290,7 +288,7 @@ class Search:
         """
         best = self.best()
         chosen = self.settings_of(best)
-        chosen_is_own = settings.change(self.recipe, chosen) == self.recipe
+        chosen_is_own = self._trained(best) == self.recipe
         words = [settings.written(*each) for each in chosen.items()]
         histories: dict[bool, dict[int, Any]] = {True: {}, False: {}}  # by whether the values are the best trial's
         for job in jobs:
@@ -307,7 +305,7 @@ class Search:
             accuracies = ([each[seed]["test"]["accuracy"] for seed in common] for each in (found, own))
             lines.append(f"  {_difference(*accuracies)}")
         last = f"to train it on all images and measure the test set once:\n{self._command(words)}"
-        return "\n".join([*map(_wrapped, lines), last])
+        return "\n".join([*map(cli.wrapped, lines), last])
 
     def _command(self, words: Sequence[str]) -> str:
         """Return the command that trains a recipe with these settings, as a user would type it here."""
@@ -317,10 +315,6 @@ class Search:
         where += ["--other-data"] if base.other_data else []
         name, _ = sweeps.recipe_of(base)
         return cli.command("train.py", "--model", base.model, "--recipe", name, "--set", *words, *where)
-
-
-def _wrapped(line: str) -> str:
-    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _described(what: str, histories: Mapping[int, Any]) -> str:

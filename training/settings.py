@@ -42,7 +42,7 @@ def parse(words: Sequence[str], recipe: Recipe | None = None) -> dict[str, Any]:
     pairs = _split(words)
     for name, text in pairs:
         if len(_parts(text)) > 1:
-            several = "sweep.py trains each of several, where it does not --search"
+            several = "sweep.py trains each of several values in its --set, but not in a search"
             hint = f"a list needs brackets, as {name}=[{text}]" if name in data.AUGMENTATIONS else several
             raise UserError(f"--set {name}={text}: one value is wanted; {hint}")
     values = {name: _value(name, text) for name, text in pairs}

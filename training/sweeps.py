@@ -205,7 +205,7 @@ def name_of(request: Request) -> str:
     words = [f"{key}={_short(settings.written(key, value), len(key) + 1)}" for key, value in given]
     values = "-".join(words)
     values = values if len(values) <= LONGEST_NAME else f"{len(words)}-values-{_digest(values)}"
-    fold = f"fold={request.fold.replace('/', 'of')}" if request.fold else ""
+    fold = f"fold={recipes.fold_name(request.fold)}" if request.fold else ""
     return "-".join(filter(None, [request.model, name, values, fold, f"seed={request.seed}"]))
 
 
