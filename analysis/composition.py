@@ -268,7 +268,7 @@ def near_duplicates(
 
 
 def label_issues(labels: np.ndarray, out_of_fold: np.ndarray) -> np.ndarray:
-    """Find the images whose label is suspect, the most suspect first: int64 indices.
+    """Find the images whose label is suspect, the most suspect first, of equal ones the first: int64 indices.
 
     Confident learning (Northcutt et al. 2021, arXiv:1911.00068) by cleanlab, pruned by noise rate. labels: int (n,);
     out_of_fold: float64 (n, 10), each row by a model that was not trained on the image.
@@ -276,7 +276,8 @@ def label_issues(labels: np.ndarray, out_of_fold: np.ndarray) -> np.ndarray:
     with cli.loading():  # cleanlab takes a second or two
         from cleanlab.filter import find_label_issues
 
-    return find_label_issues(labels, out_of_fold, return_indices_ranked_by="self_confidence", n_jobs=1)
+    suspect = find_label_issues(labels, out_of_fold, n_jobs=1).nonzero()[0]
+    return suspect[np.argsort(out_of_fold[suspect, labels[suspect]], kind="stable")]  # the same on every processor
 
 
 def consensus(predicted: np.ndarray, votes: np.ndarray, needed: int) -> np.ndarray | None:

@@ -349,7 +349,7 @@ def test_the_results_page_has_the_table_of_the_runs(capsys):
     assert tables.markdown(rows) in RESULTS
     assert len(rows) == 13
     for row, line in zip(rows, tables.brief(rows).splitlines()[2:], strict=True):
-        assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epochs")
+        assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epoch")
         assert line.count("|") == 6
         assert f"| `python train.py {row['command']}` |" in line
 

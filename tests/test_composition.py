@@ -28,6 +28,10 @@ def test_labels_that_were_exchanged_are_suspect():
     found = composition.label_issues(given, probabilities)
     assert len(set(found) & set(exchanged)) > 40  # confident learning is cautious: it misses some
     assert len(set(found) - set(exchanged)) < 3
+    twice = composition.label_issues(np.tile(given, 2), np.tile(probabilities, (2, 1)))
+    own = np.tile(probabilities[np.arange(2000), given], 2)
+    assert len(set(own[twice])) < len(twice)
+    assert twice.tolist() == sorted(twice.tolist(), key=lambda i: (own[i], i))  # on any processor
 
 
 def test_near_duplicates_by_either_space_and_consensus_of_all():
