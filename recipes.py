@@ -129,21 +129,21 @@ SELECTIONS = {
         "val",
         "validation",
         "5,000 validation images",
-        "best of {epochs} epochs, chosen on {n:,} validation images",
+        "best of {epochs}, chosen on {n:,} validation images",
         "measured once, after training",
     ),
     "test": Selection(
         "test",
         "test",
         "the test set, as published",
-        "best of {epochs} epochs, chosen on {n:,} test images as published: an optimistic protocol",
+        "best of {epochs}, chosen on {n:,} test images as published: an optimistic protocol",
         "the best epoch was chosen on these very images",
     ),
     "last": Selection(
         "",
         "",
         "nothing: the last",
-        "the last of {epochs} epochs is kept",
+        "the last of {epochs} is kept",
         "measured once, after training",
     ),
 }
@@ -151,7 +151,7 @@ HELD_OUT = Selection(  # "test" in a fold run, whose held-out images take the pl
     "held-out",
     "held-out",
     "the held-out images",
-    "best of {epochs} epochs, chosen on the {n:,} held-out images: an optimistic protocol",
+    "best of {epochs}, chosen on the {n:,} held-out images: an optimistic protocol",
     "the best epoch was chosen on these very images",
 )
 

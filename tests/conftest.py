@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: two tests run at a time, and start many processes
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait for one another must not keep the cores busy
@@ -217,6 +218,18 @@ def trained(tmp_path_factory):
         assert finished.returncode == 0, finished.stderr
         said[model] = finished.stdout
     return folder, said
+
+
+def once(factory, name, make):
+    """Call make(folder) for an empty folder once for all processes of pytest, and return the folder."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, assert_one_line_error, run_script
-from test_report import shorten
+from test_report import analysed, shorten  # noqa: F401 - a fixture
 
 import data
-import models
 from analysis import audit, composition, trainings
 
 SHIPPED = ROOT / "runs" / "audit"
@@ -21,28 +20,20 @@ PUBLISHED = {45592, 16691, 28264, 33982, 40513, 42018}
 TRAININGS = re.escape("the five folds") + ".*" + re.escape("Consensus needs 5 trainings of cnn, published")
 
 
-def shorten_more():
-    """Trainings of a moment, of the CNN alone."""
-    shorten()
-    del models.MODELS["mlp"]
-
-
 def export(trained, deep, folder, *flags, figures=None):
     """Run analyze_errors.py --export for the CNN of the sample."""
     return run_script(
         "analyze_errors.py", trained[0] / "best_cnn_fmnist.pt", "--data-dir", SAMPLE, "--deep-dir", deep,
-        "--figures-dir", figures or folder / "figures", "--export", folder, *flags, before=shorten_more,
+        "--figures-dir", figures or folder / "figures", "--export", folder, *flags, before=shorten,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
+def exported(analysed):  # noqa: F811
     """What --deep --export wrote of the sample: the folder of the audit, that of the trainings, and analysis.json."""
-    folder, deep = tmp_path_factory.mktemp("audit"), tmp_path_factory.mktemp("deep")
-    finished = export(trained, deep, folder, "--deep")
-    assert finished.returncode == 0, finished.stderr
-    assert re.search(r"written to .*: suspects.csv, near_duplicates.csv, consensus.csv, README.md", finished.stdout)
-    return folder, deep, json.loads((folder / "figures" / "analysis.json").read_text())
+    folder, numbers, said = analysed
+    assert re.search(r"written to .*: suspects.csv, near_duplicates.csv, consensus.csv, README.md", said)
+    return folder / "audit", folder / "deep", numbers
 
 
 @pytest.fixture(params=["shipped", "sample"])
@@ -99,7 +90,7 @@ def test_the_near_duplicates_are_those_of_the_report(both):
 
 def test_the_consensus_is_that_of_the_report(both):
     folder, analysis, _, test = both
-    (first,), found = analysis["report"]["checkpoints"], rows(folder, "consensus.csv")
+    (first, *_), found = analysis["report"]["checkpoints"], rows(folder, "consensus.csv")
     groups = [row["group"] for row in found]
     assert groups.count("consensus") == first["groups"]["consensus"]["count"]
     assert set(groups) <= {"label", "duplicate", "consensus"}
@@ -192,7 +183,9 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(trained, tmp_path):
 def test_without_the_long_trainings_nothing_is_written(trained, exported, tmp_path):
     finished = export(trained, tmp_path / "deep", tmp_path / "audit")
     assert_one_line_error(finished, "analyze_errors.py --deep trains " + TRAININGS)
-    shutil.copytree(exported[1], tmp_path / "deep", ignore=shutil.ignore_patterns("checkpoints", "cnn-*-4.json"))
+    shutil.copytree(
+        exported[1], tmp_path / "deep", ignore=shutil.ignore_patterns("checkpoints", "cnn-*-4.json", "people-*")
+    )
     finished = export(trained, tmp_path / "deep", tmp_path / "audit")
     assert_one_line_error(finished, "Consensus needs 5 trainings of cnn, published: .*--deep runs them")
     assert not (tmp_path / "audit").exists()

@@ -167,7 +167,9 @@ def test_a_teacher_must_not_have_seen_what_the_student_holds_out(fold_run, train
 
 def watched(folder, last):
     seen = []
-    request = run.Request("mlp", recipe="fast", fold="val", select="test", data_dir=SAMPLE, checkpoint_dir=folder)
+    request = run.Request(
+        "mlp", recipe="fast", epochs=3, fold="val", select="test", data_dir=SAMPLE, checkpoint_dir=folder
+    )
     code = run.run(request, lambda row: seen.append(row["select_accuracy"]) or len(seen) == last)
     return code, seen
 

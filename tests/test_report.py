@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, made_up_votes, run_script
+from conftest import SAMPLE, assert_one_line_error, made_up_votes, once, run_script
 from PIL import Image
 from torch import nn
 
@@ -61,16 +61,21 @@ def add_own_model():
 
 @pytest.fixture(scope="module")
 def analysed(trained, sample, tmp_path_factory):
-    """A report of both models with all that --deep gives, votes too, and what was printed: folder, JSON, stdout."""
-    folder = tmp_path_factory.mktemp("report")
-    np.savetxt(folder / "votes.csv", made_up_votes(sample["test"].labels.numpy()), "%d", ",")
-    paths = [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
-    finished = run_script(
-        "analyze_errors.py", *paths, "--deep", "--deep-dir", folder / "deep", "--data-dir", SAMPLE, "--figures-dir",
-        folder, "--human-votes", folder / "votes.csv", before=shorten,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return folder, json.loads((folder / "analysis.json").read_text()), finished.stdout
+    """A report of both models with all that --deep gives, votes and lists too: folder, JSON, and what was printed."""
+
+    def make(folder):
+        np.savetxt(folder / "votes.csv", made_up_votes(sample["test"].labels.numpy()), "%d", ",")
+        paths = [trained[0] / f"best_{model}_fmnist.pt" for model in ("cnn", "mlp")]
+        finished = run_script(
+            "analyze_errors.py", *paths, "--deep", "--deep-dir", folder / "deep", "--data-dir", SAMPLE,
+            "--figures-dir", folder, "--human-votes", folder / "votes.csv", "--export", folder / "audit",
+            before=shorten,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        (folder / "said.txt").write_text(finished.stdout)
+
+    folder = once(tmp_path_factory, "analysed", make)
+    return folder, json.loads((folder / "analysis.json").read_text()), (folder / "said.txt").read_text()
 
 
 def page_data(path):
