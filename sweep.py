@@ -59,7 +59,7 @@ def check(flags: argparse.Namespace) -> None:
     if flags.search and (flags.folds or flags.seeds):
         raise UserError("--search has no --seeds and no --folds: trials have seed 0, and other seeds confirm the best")
     if flags.trials and not flags.search:
-        raise UserError("--trials is of a --search; a grid has as many runs as combinations times seeds")
+        raise UserError("--trials needs --search: a grid has as many runs as combinations times seeds")
     if flags.folds and flags.judge:
         raise UserError("--folds and --judge both say which images are held out: leave one out")
     if flags.search and not importlib.util.find_spec("optuna"):

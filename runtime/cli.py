@@ -81,7 +81,7 @@ def add_data_dir(parser: Parser, other: bool = True) -> None:
     """Add --data-dir, and --other-data where the script can use images that are not Fashion-MNIST."""
     parser.add_argument(
         "--data-dir",
-        metavar="DIR",
+        metavar="PLACE",
         help="folder or file of the data: IDX, CSV, .npz, parquet, pictures or a zip; docs/data.md describes them "
         "(or the variable FMNIST_DIR; default: found or fetched)",
     )

@@ -410,7 +410,7 @@ MISTAKES = {
     "--search flip=0.2,0.3 prune=0,0.1": "only 4 combinations: --set",
     "--set lr=0.1, 0.2": "without a space beside the comma, as lr=1,2",
     "--set seed=0,1": "of sweep.py: --seeds N",
-    "--trials 3": "--trials is of a --search",
+    "--trials 3": "--trials needs --search",
     "--folds 3 --judge val": "leave one out",
     "--recipe distilled": "--teacher",
     "--data-dir /nowhere": "/nowhere",
