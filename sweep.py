@@ -1,8 +1,8 @@
 """Train many runs, each in its own folder: a grid of values times seeds, or a search. The same command goes on.
 
-python sweep.py --model mlp --recipe fast --set muon_lr=0.05,0.1 flip=true,false --seeds 5
+python sweep.py --model mlp --recipe fast --set muon_lr=0.05,0.07 flip=true,false --seeds 5
 python sweep.py --model mlp --recipe fast --seeds 2 --folds 5        # every fold of five, each with two seeds
-python sweep.py --model mlp --recipe fast --search "muon_lr=log:0.01..0.3 batch_size=256,512,1024" --trials 30
+python sweep.py --model mlp --recipe fast --search "muon_lr=log:0.01..0.3 batch_size=256,384,512" --trials 30
 """
 
 import argparse

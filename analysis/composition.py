@@ -268,7 +268,7 @@ def near_duplicates(
 
 
 def label_issues(labels: np.ndarray, out_of_fold: np.ndarray) -> np.ndarray:
-    """Find the images whose label is suspect, the most suspect first, of equal ones the first: int64 indices.
+    """Find the images whose label is suspect, the most suspect first, ties by index: int64 indices.
 
     Confident learning (Northcutt et al. 2021, arXiv:1911.00068) by cleanlab, pruned by noise rate. labels: int (n,);
     out_of_fold: float64 (n, 10), each row by a model that was not trained on the image.

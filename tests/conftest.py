@@ -223,9 +223,10 @@ def trained(tmp_path_factory):
 def once(factory, name, make):
     """Call make(folder) for an empty folder once for all processes of pytest, and return the folder."""
     own = factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder = (own.parent if own.name == f"popen-{os.environ.get('PYTEST_XDIST_WORKER')}" else own) / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
             folder.mkdir()
             make(folder)
             (folder / "made").touch()

@@ -349,7 +349,8 @@ def test_the_results_page_has_the_table_of_the_runs(capsys):
     assert tables.markdown(rows) in RESULTS
     assert len(rows) == 13
     for row, line in zip(rows, tables.brief(rows).splitlines()[2:], strict=True):
-        assert line.startswith(f"| {row['model']}, {row['recipe']}, {row['epochs']} epoch")
+        epochs = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
+        assert re.match(rf"\| {row['model']}, {row['recipe']}, {epochs}\b", line)
         assert line.count("|") == 6
         assert f"| `python train.py {row['command']}` |" in line
 

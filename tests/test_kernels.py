@@ -192,7 +192,7 @@ def trained(sample, recipe, model=None, epochs=1):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "batch"), [("published", 128), ("published", 100), ("published", 300), ("fast", 1024), ("fast", 77)]
+    ("recipe", "batch"), [("published", 128), ("published", 100), ("published", 300), ("fast", 384), ("fast", 77)]
 )
 def test_whole_steps_train_as_pytorchs_do_but_for_rounding(recipe, batch, sample):
     recipe = recipes.find(recipe, "mlp")._replace(batch_size=batch, precision="float32")
