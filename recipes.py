@@ -120,7 +120,7 @@ class Selection(NamedTuple):
     name: str  # of the figures that it makes, in a table of epochs
     images: str  # the split that chooses, "" where nothing does
     chosen: str  # on what, for a table
-    rule: str  # for the first line of a run; {epochs} and {n} are to be filled in
+    rule: str  # for the first line of a run; {epochs}, such as "5 epochs", and {n} are to be filled in
     measured: str  # what this means for the test accuracy
 
 

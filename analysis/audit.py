@@ -35,7 +35,7 @@ COLUMNS = {  # of each file, with their meaning
         "suggested": "the class that the model of the image's fold finds most likely",
         "p_label": "this model's probability of the label",
         "p_suggested": "this model's probability of the suggested class",
-        "rank": "1 is the most suspect image of both splits; the order is that of p_label, then of split and index",
+        "rank": "1 is the most suspect image, with the lowest p_label; of equal ones, training images come first",
     },
     "near_duplicates.csv": {
         "test_index": "the test image's place, from 0",

@@ -83,9 +83,8 @@ def _recipe(row: dict[str, Any]) -> str:
     """Name the recipe with what sets the row apart: its data, values that recipes.py lost, what differs."""
     data = "" if row["data"] == sources.NAME else f", on {row['data']}"
     changes = "".join(f", {key} {value}" for key, value in row["changed"].items())
-    epochs = f"{row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
     differs = f", {row['differs']}" if "differs" in row else ""
-    return plain(f"{row['recipe']}, {epochs}{changes}{data}{differs}")
+    return plain(f"{row['recipe']}, {cli.counted(row['epochs'], 'epoch')}{changes}{data}{differs}")
 
 
 def plain(text: str) -> str:

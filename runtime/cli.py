@@ -177,6 +177,11 @@ def shown(path: str | Path) -> str:
     return one_line(relative(path))
 
 
+def counted(n: int, noun: str) -> str:
+    """Write a number of things: "1 epoch", "2 epochs"."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def wrapped(text: str) -> str:
     """Break a text into lines that fit into WIDTH, without cutting a path."""
     return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)

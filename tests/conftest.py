@@ -207,6 +207,11 @@ def sample():
     return dict(zip(names, data.load(*names, data_dir=SAMPLE), strict=True))
 
 
+def first(split, n):
+    """The first n images of a split."""
+    return split._replace(images=split.images[:n], labels=split.labels[:n])
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with what `train.py` wrote for both models on the sample, and what it printed."""
@@ -222,7 +227,7 @@ def trained(tmp_path_factory):
 
 def once(factory, name, make):
     """Call make(folder) for an empty folder once for all processes of pytest, and return the folder."""
-    own = factory.getbasetemp()
+    own = factory.getbasetemp()  # of this process, in a folder of all
     folder = (own.parent if own.name == f"popen-{os.environ.get('PYTEST_XDIST_WORKER')}" else own) / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():

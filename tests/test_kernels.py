@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE, run_script
+from conftest import SAMPLE, first, run_script
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -197,8 +197,7 @@ def trained(sample, recipe, model=None, epochs=1):
 def test_whole_steps_train_as_pytorchs_do_but_for_rounding(recipe, batch, sample):
     recipe = recipes.find(recipe, "mlp")._replace(batch_size=batch, precision="float32")
     if recipe.optimizer == "muon":  # rounds factors to bfloat16, so differences in the last bits grow with each step
-        few = [each[: 5 * batch // 2] for each in sample["train"][1:3]]
-        sample = {"train": sample["train"]._replace(images=few[0], labels=few[1])}
+        sample = {"train": first(sample["train"], 5 * batch // 2)}
     (ours, row), (theirs, expected) = (trained(sample, recipe._replace(fused=fused)) for fused in (True, False))
     assert ours.whole_step
     assert not theirs.whole_step

@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, made_up_votes, once, run_script
+from conftest import SAMPLE, assert_one_line_error, first, made_up_votes, once, run_script
 from PIL import Image
 from torch import nn
 
@@ -85,7 +85,7 @@ def page_data(path):
 
 def test_a_set_too_small_for_validation_images_is_analysed_too(trained, sample):
     model, info = checkpoint.load(trained[0] / "best_mlp_fmnist.pt")
-    few = sample["test"]._replace(images=sample["test"].images[:20], labels=sample["test"].labels[:20])
+    few = first(sample["test"], 20)
     measured = composition.measure("a.pt", model, info, few, data.held_out(few._replace(name="train+val")))
     assert measured.temperature is None
     assert "no class has enough for any" in measured.temperature_note

@@ -122,8 +122,8 @@ class Run:
     def _description(self) -> str:
         flags, processes = self.plan.flags, distributed.world()
         fold = f"fold {flags['fold']} holds out {len(self.test.labels):,}; " if flags["fold"] else ""
-        epochs = f"{self.recipe.epochs} epoch{'s' * (self.recipe.epochs > 1)}"
-        rule = self.selection.rule.format(epochs=epochs, n=len((self.select or self.test).labels))
+        epochs, n = cli.counted(self.recipe.epochs, "epoch"), len((self.select or self.test).labels)
+        rule = self.selection.rule.format(epochs=epochs, n=n)
         augmentation = ", ".join(f"{name} {value}" for name, value in self.recipe.augment.items()) or "none"
         return (
             f"{self.request.model}, recipe {flags['recipe']}: {models.count_parameters(self.model):,} parameters on "

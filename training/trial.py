@@ -44,7 +44,7 @@ def check(name: str, recipe: Recipe, train: data.Split, precision: torch.dtype) 
     few = _fewest(recipe, len(train.labels))
     for n in dict.fromkeys((min(2, recipe.batch_size), *([few] if few < 2 else []))):
         hint = f", the smallest batch: another --batch-size may help; else {WANTED}" if n == few < 2 else f"; {WANTED}"
-        with _explained(f"{name} cannot be trained on a batch of {n} image{'s' * (n != 1)}{hint}"):
+        with _explained(f"{name} cannot be trained on a batch of {cli.counted(n, 'image')}{hint}"):
             _step(name, model, recipe, train._replace(images=train.images[:n], labels=train.labels[:n]), precision)
     _read_back(name, model, train)
 
@@ -80,7 +80,7 @@ def _check_logits(name: str, logits: Any, n: int) -> None:
         raise TrialError(f"models.py: {name} returns a {type(logits).__name__}; {WANTED}")
     if logits.shape != (n, len(data.CLASSES)) or not logits.is_floating_point():
         found = f"{str(logits.dtype).removeprefix('torch.')} {tuple(logits.shape)}"
-        raise TrialError(f"models.py: {name} returns {found} for {n} image{'s' * (n != 1)}; {WANTED}")
+        raise TrialError(f"models.py: {name} returns {found} for {cli.counted(n, 'image')}; {WANTED}")
 
 
 def _read_back(name: str, model: nn.Module, train: data.Split) -> None:
