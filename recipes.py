@@ -143,7 +143,7 @@ SELECTIONS = {
         "",
         "",
         "nothing: the last",
-        "the last of {epochs} is kept",
+        "the network after {epochs} is kept",
         "measured once, after training",
     ),
 }

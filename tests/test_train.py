@@ -145,7 +145,7 @@ def test_a_recipe_trains_on_all_images_and_keeps_the_last_epoch(tmp_path, recipe
     assert not any(key.startswith("select") for row in history["epochs"] for key in row)
     assert history["flags"]["recipe"] == recipe
     assert history["flags"]["precision"] in ("bfloat16", "float32")  # what "auto" came to
-    assert "1,000 training images; the last of 2 epochs is kept" in finished.stdout
+    assert "1,000 training images; the network after 2 epochs is kept" in finished.stdout
     assert "measured once, after training" in finished.stdout
     assert train(tmp_path / "again", *flags, model=model).returncode == 0
     assert same_weights(tmp_path, tmp_path / "again", path.name)
