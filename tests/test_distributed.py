@@ -173,22 +173,26 @@ def same(folder, other):
     return rows(folder) == rows(other) and one == two
 
 
+def wait_until(true, agent, log):
+    """Wait for what a run does; it must not end before."""
+    while not true():
+        assert agent.is_alive(), log.read_text()
+        time.sleep(0.02)
+
+
 def test_killed_workers_are_started_again_and_the_run_is_the_same_to_the_bit(tmp_path, uninterrupted, tally):
     """Each worker in its turn, the first one last, as soon as a new state is saved."""
     options = ["--max-restarts", PROCESSES]
     agent = start(PROCESSES, tmp_path / "run", *FLAGS, "--save-every", 0.2, options=options)
-    state = tmp_path / "run" / "unfinished_cnn_fmnist.pt"
+    state, log = tmp_path / "run" / "unfinished_cnn_fmnist.pt", tmp_path / "run.log"
     for number, rank in enumerate(reversed(range(PROCESSES)), 1):
         before = state.stat().st_mtime_ns if state.exists() else 0
-        while not (state.exists() and state.stat().st_mtime_ns > before):
-            assert agent.is_alive(), (tmp_path / "run.log").read_text()
-            time.sleep(0.02)
+        wait_until(lambda before=before: state.exists() and state.stat().st_mtime_ns > before, agent, log)
         os.kill(worker(agent.pid, rank), signal.SIGKILL)
-        while (tmp_path / "run.log").read_text().count("resumed") < number:  # or one restart might serve two of them
-            assert agent.is_alive(), (tmp_path / "run.log").read_text()
-            time.sleep(0.02)
+        # one restart must not serve two kills
+        wait_until(lambda number=number: log.read_text().count("resumed") >= number, agent, log)
     assert ended(agent) == 0
-    assert (tmp_path / "run.log").read_text().count("resumed") == PROCESSES
+    assert log.read_text().count("resumed") == PROCESSES
     tally("one of two processes killed", PROCESSES, [], [] if same(tmp_path / "run", uninterrupted) else [state])
 
 
@@ -204,9 +208,7 @@ def worker(parent, rank):
 
 def test_a_stop_of_all_is_one_clean_save(tmp_path, uninterrupted):
     agent, log = start(PROCESSES, tmp_path / "run", *FLAGS), tmp_path / "run.log"
-    while not log.exists() or "\n    1" not in log.read_text():
-        assert agent.is_alive()
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and "\n    1" in log.read_text(), agent, log)
     agent.terminate()
     ended(agent)
     said = log.read_text()
