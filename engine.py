@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
+import models
 from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, places, share
 from optim import FusedAdam, build_optimizers, rate, set_rates
 from recipes import Recipe
@@ -36,6 +37,7 @@ VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1
 # image, and moved by a pixel towards two opposite corners, and these three mirrored, as in cifar10-airbench
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
 COUNTERS = ("epoch", "step", "loss", "correct", "seconds")  # of a Training, kept in its state_dict
+WHITENED = 1_000  # images, from all of the training set, whose patches the first layer is made to whiten
 PRUNED_EPOCHS = 0.875  # share of a run's epochs that may leave images out, as published with prune's method
 
 
@@ -158,6 +160,8 @@ class Training:
         self.seed, self.precision, self.teacher = seed, precision, teacher
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
+        if recipe.whiten:
+            models.whiten(model, normalise(train.images[:: -(-len(train.images) // WHITENED)]), recipe.whiten)
         self.optimizers = build_optimizers(model, recipe)
         self.team = mlp_step.Team()
         self.whole_step: mlp_step.Step | None = None

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from runtime.errors import UserError
+
 
 class MLP(nn.Module):
     """784 - 128 - 10 with ReLU: 101,770 parameters."""
@@ -129,6 +131,29 @@ def build(name: str) -> nn.Module:
             model.eval()(torch.zeros(1, 1, 28, 28))
         model.train()
     return model.to(memory_format=torch.channels_last)
+
+
+def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
+    """Let the first layer, a convolution, whiten the patches of images float32 (n, channels, h, w), and freeze it.
+
+    Its filters are the directions of most variance, each scaled to variance 1, and their negatives, as ReLU follows;
+    then random mixtures of the directions. The biases bring their means to 0. `added` to the variances keeps small
+    that which hardly varies. As cifar10-airbench does: Jordan 2024, arXiv:2404.00498.
+    Raises UserError where the first layer is no such convolution.
+    """
+    first = next((module for module in model.modules() if hasattr(module, "weight")), None)
+    if type(first) is not nn.Conv2d or first.groups > 1 or first.in_channels != images.shape[1]:
+        raise UserError("whiten needs a model whose first layer is a convolution: leave it at 0")
+    patches = F.unfold(images.cpu(), first.kernel_size).transpose(1, 2).flatten(0, 1)  # (all, values of a patch)
+    variances, directions = torch.linalg.eigh(patches.T.cov())
+    scaled = (directions / (variances.clamp(min=0) + added).sqrt()).T.flip(0)  # the most variance first
+    mixtures = F.normalize(torch.randn(first.out_channels, len(scaled)), dim=1) @ scaled
+    filters = torch.cat([scaled, -scaled, mixtures])[: first.out_channels]
+    with torch.no_grad():
+        first.weight.copy_(filters.view_as(first.weight))
+        if first.bias is not None:
+            first.bias.copy_(-filters @ patches.mean(0))
+    first.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> int:

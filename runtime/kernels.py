@@ -10,7 +10,8 @@ other layers use PyTorch's operations. The results of fused convolutions differ 
 
 kernels.c: PyTorch's own max-pooling keeps an eight-byte index of every pixel, reads a convolution's output four times
 from memory, and scatters its gradient. The fused one writes a quarter of the values, once.
-convolution.c: the gradient of a pooled convolution is 0 at three pixels of four or more. It leaves those out.
+convolution.c: forward, Winograd's algorithm needs 4 products of 9. The gradient of a pooled convolution is 0 at three
+pixels of four or more. It leaves those out.
 
 A library in .cache is loaded again only if its content has the SHA-256 in its name, and if only this user, the owner of
 this code or root can write to it and to its folder. So no half-written file and no other user's is loaded.
@@ -56,6 +57,7 @@ LANES = 32  # as in the sources: channels come in multiples of it
 SIZE = 28  # of an image's side
 HALF = SIZE // 2
 MOST_CHANNELS = 512  # of a fused convolution: a thread keeps lists of each on its stack
+WINOGRAD = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of the 3x3 weights, from each side
 SHARES = 16  # of a batch, whose gradients of the second convolution are added up one by one
 TIMEOUT = 120  # seconds for the compiler, which takes one
 MOST = 2**24  # bytes of a library, which has 20,000
@@ -335,7 +337,8 @@ class _ConvReluPool(torch.autograd.Function):
 class _SecondConvReluPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, _: torch.dtype) -> torch.Tensor:
-        images, taps, bias = _channels_last(x), weight.permute(2, 3, 1, 0).contiguous(), bias.contiguous()
+        images, bias = _channels_last(x), bias.contiguous()
+        taps = (WINOGRAD @ weight @ WINOGRAD.T).permute(2, 3, 1, 0).contiguous()
         output = torch.empty(len(x), HALF // 2, HALF // 2, len(weight))
         place = torch.empty(output.shape, dtype=torch.uint8)
         if not _call("convolution", "forward", images, taps, bias, output, place, len(x), len(weight)):
@@ -347,8 +350,9 @@ class _SecondConvReluPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, weight, place = ctx.saved_tensors
-        result, channels = torch.empty_like(images), len(weight)
+        result, channels = torch.empty_like(images) if ctx.needs_input_grad[0] else None, len(weight)
         weights, biases = torch.zeros(SHARES, channels, 3, 3, LANES), torch.zeros(SHARES, channels)
         arguments = (images, _channels_last(weight), _channels_last(gradient), place, result, weights, biases)
         _call("convolution", "backward", *arguments, len(images), channels, SHARES)
-        return result.permute(0, 3, 1, 2), weights.sum(0).permute(0, 3, 1, 2), biases.sum(0), None
+        image = None if result is None else result.permute(0, 3, 1, 2)
+        return image, weights.sum(0).permute(0, 3, 1, 2), biases.sum(0), None

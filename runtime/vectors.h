@@ -34,9 +34,9 @@ INLINE wide held(wide values) {
     return values;
 }
 
-/* Whether all these numbers are so small that no sum of 300 products of two overflows. NaN is not. */
+/* Whether all these numbers are so small that no sum of 30,000 products of two overflows. NaN is not. */
 INLINE int small(const float *x, int n) {
     int all = 1;
-    for (int i = 0; i < n; i++) all &= __builtin_fabsf(x[i]) < 1e18f;
+    for (int i = 0; i < n; i++) all &= __builtin_fabsf(x[i]) < 1e17f;
     return all;
 }

@@ -101,6 +101,25 @@ def test_a_run_can_be_stopped_after_any_step_and_in_an_evaluation_and_resumes_to
     assert without_times(rows) == without_times(expected)
 
 
+def test_a_whitened_layer_stays_as_it_is_and_a_run_resumes_with_it(sample):
+    recipe = recipes.find("fast", "cnn")._replace(batch_size=32)
+    weights, states = [], []
+    for seed in (0, 0, 1):  # the last one's layer must not matter
+        torch.manual_seed(seed)
+        training = engine.Training(models.build("cnn"), sample["train"], None, recipe, seed=0)
+        weights.append(training.model.conv1.weight.clone())
+        if seed:
+            training.load_state_dict(states[0])
+        list(training.run(progress=lambda *_, run=training: states.append(copy.deepcopy(run.state_dict()))))
+        if not seed:
+            assert torch.equal(training.model.conv1.weight, weights[-1])
+    assert torch.equal(training.model.conv1.weight, weights[0])
+    assert not torch.equal(weights[2], weights[0])
+    assert metrics.accuracy(engine.predict_logits(training.model, sample["val"]), sample["val"].labels) > 0.6
+    with pytest.raises(UserError, match="whiten needs a model"):
+        train(sample, "mlp", whiten=0.1)
+
+
 def test_easy_images_are_left_out_and_the_others_count_for_them():
     losses = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 4  # 0.2 in the mean, most of them below
     easy = losses < losses.mean()

@@ -157,6 +157,16 @@ def test_the_second_block_leaves_unusual_numbers_to_pytorch(value):
     assert torch.equal(ours.isnan(), theirs.isnan())
 
 
+def test_the_second_block_leaves_out_a_gradient_that_nothing_needs():
+    conv, x = nn.Conv2d(32, 64, 3, padding=1), torch.randn(5, 32, 14, 14)
+    gradients = []
+    for needed in (True, False):
+        conv.zero_grad()
+        kernels.fused_conv_relu_pool(conv, x.requires_grad_(needed)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in conv.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def on_threads(function, numbers=(1, 2, 3)):
     """What a function returns with these numbers of threads."""
     before, results = torch.get_num_threads(), []

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import data
 import models
+from runtime.errors import UserError
 
 CONV1, CONV2, FC1, FC2 = (9, 1, 32, 784), (9, 32, 64, 196), (1, 3136, 128, 1), (1, 128, 10, 1)
 MACS = {  # kernel, inputs, outputs, pixels of each layer
@@ -66,6 +67,30 @@ def test_a_lazy_layer_gets_its_weights_when_the_model_is_built(monkeypatch):
     assert models.count_parameters(built[0]) == 7850
     assert torch.equal(built[0][1].weight, built[1][1].weight)
     assert built[0].training
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet"])
+def test_a_whitened_layer_gives_values_of_mean_0_and_variance_1_that_are_not_correlated(name, sample):
+    images, model = data.normalise(sample["train"].images[:500]), models.build(name)
+    models.whiten(model, images, 1e-6)
+    values = F.conv2d(images, model.conv1.weight, model.conv1.bias).transpose(0, 1).flatten(1)
+    assert values.mean(1).abs().max() < 1e-3
+    assert (values[:9].cov() - torch.eye(9)).abs().max() < 0.1  # in float32
+    assert torch.equal(values[9:18], -values[:9])
+    assert (values[18:].var(1) - 1).abs().max() < 0.1  # mixtures
+    assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["conv1.weight", "conv1.bias"]
+    models.whiten(model, images, 1e3)  # far above any variance of a patch
+    assert F.conv2d(images, model.conv1.weight, model.conv1.bias).std() < 0.1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.MLP(), nn.Sequential(nn.Conv2d(3, 32, 3)), nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 32, 3))],
+    ids=["mlp", "of colours", "normalised"],
+)
+def test_what_has_no_first_convolution_of_grey_images_cannot_be_whitened(model, sample):
+    with pytest.raises(UserError, match="whiten needs a model whose first layer is a convolution"):
+        models.whiten(model, data.normalise(sample["train"].images[:10]), 0.1)
 
 
 def test_dropout_is_off_in_evaluation(sample):
