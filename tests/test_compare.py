@@ -381,7 +381,7 @@ def test_the_published_runs_are_of_the_published_protocol(model, select):
     ("model", "recipe", "seeds", "limit"),  # in seconds on the two cores of the table
     [
         ("mlp", "fast", 5, 1),
-        ("cnn", "fast", 5, 10),
+        ("cnn", "fast", 5, 5),
         ("mlp", "best", 5, 600),
         ("cnn", "best", 5, 600),
         ("mlp", "distilled", 5, 6000),
