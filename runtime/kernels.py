@@ -57,7 +57,7 @@ LANES = 32  # as in the sources: channels come in multiples of it
 SIZE = 28  # of an image's side
 HALF = SIZE // 2
 MOST_CHANNELS = 512  # of a fused convolution: a thread keeps lists of each on its stack
-WINOGRAD = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of the 3x3 weights, from each side
+WINOGRAD = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]  # transforms 3x3 weights, from each side
 SHARES = 16  # of a batch, whose gradients of the second convolution are added up one by one
 TIMEOUT = 120  # seconds for the compiler, which takes one
 MOST = 2**24  # bytes of a library, which has 20,000
@@ -338,7 +338,8 @@ class _SecondConvReluPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, _: torch.dtype) -> torch.Tensor:
         images, bias = _channels_last(x), bias.contiguous()
-        taps = (WINOGRAD @ weight @ WINOGRAD.T).permute(2, 3, 1, 0).contiguous()
+        winograd = weight.new_tensor(WINOGRAD)
+        taps = (winograd @ weight @ winograd.T).permute(2, 3, 1, 0).contiguous()
         output = torch.empty(len(x), HALF // 2, HALF // 2, len(weight))
         place = torch.empty(output.shape, dtype=torch.uint8)
         if not _call("convolution", "forward", images, taps, bias, output, place, len(x), len(weight)):
