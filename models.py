@@ -137,16 +137,20 @@ def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
     """Let the first layer, a convolution, whiten the patches of images float32 (n, channels, h, w), and freeze it.
 
     Its filters are the directions of most variance, each scaled to variance 1, and their negatives, as ReLU follows;
-    then random mixtures of the directions. The biases bring their means to 0. `added` to the variances keeps small
-    that which hardly varies. As cifar10-airbench does: Jordan 2024, arXiv:2404.00498.
-    Raises UserError where the first layer is no such convolution.
+    then mixtures of the directions, as random as other initial weights. The biases bring their means to 0. `added` to
+    the variances keeps directions small that hardly vary. As cifar10-airbench does: Jordan 2024, arXiv:2404.00498.
+    Raises UserError where the first layer with weights, as the model lists them, is no such convolution.
     """
     first = next((module for module in model.modules() if hasattr(module, "weight")), None)
-    if type(first) is not nn.Conv2d or first.groups > 1 or first.in_channels != images.shape[1]:
-        raise UserError("whiten needs a model whose first layer is a convolution: leave it at 0")
+    if (
+        type(first) is not nn.Conv2d
+        or (first.in_channels, first.groups, first.dilation) != (images.shape[1], 1, (1, 1))
+        or max(first.kernel_size) > min(images.shape[2:])
+    ):
+        raise UserError("whiten needs a model whose first layer is a usual convolution: set whiten=0")
     patches = F.unfold(images.cpu(), first.kernel_size).transpose(1, 2).flatten(0, 1)  # (all, values of a patch)
     variances, directions = torch.linalg.eigh(patches.T.cov())
-    scaled = (directions / (variances.clamp(min=0) + added).sqrt()).T.flip(0)  # the most variance first
+    scaled = (directions / (variances.clamp(min=1e-12) + added).sqrt()).T.flip(0)  # the most variance first
     mixtures = F.normalize(torch.randn(first.out_channels, len(scaled)), dim=1) @ scaled
     filters = torch.cat([scaled, -scaled, mixtures])[: first.out_channels]
     with torch.no_grad():
@@ -154,6 +158,8 @@ def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
         if first.bias is not None:
             first.bias.copy_(-filters @ patches.mean(0))
     first.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("whiten would leave nothing to train: set whiten=0")
 
 
 def count_parameters(model: nn.Module) -> int:

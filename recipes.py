@@ -162,8 +162,9 @@ RANGES: dict[str, Any] = {  # of a recipe's values; a field without one here is 
     "epochs": Number(1, 10_000, whole=True),
     "batch_size": Number(1, 10**6, whole=True),
     "optimizer": Text(),
-    **dict.fromkeys(("lr", "muon_lr", "weight_decay", "whiten"), Number(0, 1e38)),  # as float32 holds
+    **dict.fromkeys(("lr", "muon_lr", "weight_decay"), Number(0, 1e38)),  # as float32 holds
     **dict.fromkeys(("warmup", "dropout"), (SHARE, None)),
+    "whiten": Number(0, 1e6),
     "loss": Text(),
     "label_smoothing": SHARE,
     "augment": {str: (*SETTING, [SETTING])},
@@ -199,14 +200,14 @@ def default(model: str) -> str:
 
 
 def find(name: str, model: str) -> Recipe:
-    """Return the row of a recipe for a model; a model that has none there gets the row of FALLBACK.
+    """Return the row of a recipe for a model; a model that has none there gets that of FALLBACK, without whitening.
 
     Raises UserError where there is neither.
     """
     rows = RECIPES[name]
     if model not in rows and FALLBACK not in rows:
         raise UserError(f"recipe {name} has no row for {model}; it has {', '.join(rows)}")
-    return rows.get(model) or rows[FALLBACK]
+    return rows.get(model) or rows[FALLBACK]._replace(whiten=0.0)  # its first layer may be anything
 
 
 def fold_of(name: str) -> tuple[int, int] | None:

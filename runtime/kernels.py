@@ -10,8 +10,8 @@ other layers use PyTorch's operations. The results of fused convolutions differ 
 
 kernels.c: PyTorch's own max-pooling keeps an eight-byte index of every pixel, reads a convolution's output four times
 from memory, and scatters its gradient. The fused one writes a quarter of the values, once.
-convolution.c: forward, Winograd's algorithm needs 4 products of 9. The gradient of a pooled convolution is 0 at three
-pixels of four or more. It leaves those out.
+convolution.c: forward, Winograd's algorithm takes 16 products instead of 36; its rounding is relative to the largest
+numbers. The gradient of a pooled convolution is 0 at three pixels of four or more. It leaves those out.
 
 A library in .cache is loaded again only if its content has the SHA-256 in its name, and if only this user, the owner of
 this code or root can write to it and to its folder. So no half-written file and no other user's is loaded.
@@ -327,7 +327,7 @@ class _ConvReluPool(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, place = ctx.saved_tensors
         channels = place.shape[-1]
-        sums = torch.zeros(torch.get_num_threads(), 10, channels)
+        sums = images.new_zeros(torch.get_num_threads(), 10, channels)
         arguments = (images, _channels_last(gradient), place, sums, len(images), channels)
         _call(DTYPES[gradient.dtype], "conv_pool_relu_backward", *arguments)
         sums = sums.sum(0)
@@ -340,7 +340,7 @@ class _SecondConvReluPool(torch.autograd.Function):
         images, bias = _channels_last(x), bias.contiguous()
         winograd = weight.new_tensor(WINOGRAD)
         taps = (winograd @ weight @ winograd.T).permute(2, 3, 1, 0).contiguous()
-        output = torch.empty(len(x), HALF // 2, HALF // 2, len(weight))
+        output = images.new_empty(len(x), HALF // 2, HALF // 2, len(weight))
         place = torch.empty(output.shape, dtype=torch.uint8)
         if not _call("convolution", "forward", images, taps, bias, output, place, len(x), len(weight)):
             raise _Large
@@ -352,7 +352,7 @@ class _SecondConvReluPool(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, weight, place = ctx.saved_tensors
         result, channels = torch.empty_like(images) if ctx.needs_input_grad[0] else None, len(weight)
-        weights, biases = torch.zeros(SHARES, channels, 3, 3, LANES), torch.zeros(SHARES, channels)
+        weights, biases = images.new_zeros(SHARES, channels, 3, 3, LANES), images.new_zeros(SHARES, channels)
         arguments = (images, _channels_last(weight), _channels_last(gradient), place, result, weights, biases)
         _call("convolution", "backward", *arguments, len(images), channels, SHARES)
         image = None if result is None else result.permute(0, 3, 1, 2)

@@ -157,14 +157,34 @@ def test_the_second_block_leaves_unusual_numbers_to_pytorch(value):
     assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-def test_the_second_block_leaves_out_a_gradient_that_nothing_needs():
+def test_the_second_block_leaves_out_a_gradient_that_nothing_needs(monkeypatch):
     conv, x = nn.Conv2d(32, 64, 3, padding=1), torch.randn(5, 32, 14, 14)
-    gradients = []
+    gradients, results, call = [], [], kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda *given: results.append(given[6]) or call(*given))
     for needed in (True, False):
         conv.zero_grad()
         kernels.fused_conv_relu_pool(conv, x.requires_grad_(needed)).square().sum().backward()
         gradients.append([parameter.grad for parameter in conv.parameters()])
+    assert [result is None for result in results[1::2]] == [False, True]  # of backward
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_second_block_is_the_same_with_narrower_registers_and_other_defaults(cache, monkeypatch):
+    """On a processor without AVX512 the first half of this is what all tests here compare."""
+    conv, x = nn.Conv2d(32, 96, 3, padding=1), torch.randn(5, 32, 14, 14)
+    expected = models.conv_relu_pool(conv, x)
+    if torch.cpu.get_capabilities().get("avx512_f"):
+        monkeypatch.setattr(kernels, "FLAGS", [*kernels.FLAGS, "-mno-avx512f"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        output = kernels.fused_conv_relu_pool(conv, x)
+        output.square().sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(output, expected)
+    ours, conv.weight.grad = conv.weight.grad, None
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours, conv.weight.grad, rtol=1e-4, atol=1e-3)
 
 
 def on_threads(function, numbers=(1, 2, 3)):

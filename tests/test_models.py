@@ -85,11 +85,18 @@ def test_a_whitened_layer_gives_values_of_mean_0_and_variance_1_that_are_not_cor
 
 @pytest.mark.parametrize(
     "model",
-    [models.MLP(), nn.Sequential(nn.Conv2d(3, 32, 3)), nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 32, 3))],
-    ids=["mlp", "of colours", "normalised"],
+    [
+        models.MLP(),
+        nn.Sequential(nn.Conv2d(3, 32, 3)),
+        nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 32, 3)),
+        nn.Sequential(nn.Conv2d(1, 32, 3, dilation=2), nn.Conv2d(32, 10, 24)),
+        nn.Sequential(nn.Conv2d(1, 32, 30, padding=4), nn.Conv2d(32, 10, 1)),
+        nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten()),
+    ],
+    ids=["mlp", "of colours", "normalised", "dilated", "larger than an image", "nothing else"],
 )
 def test_what_has_no_first_convolution_of_grey_images_cannot_be_whitened(model, sample):
-    with pytest.raises(UserError, match="whiten needs a model whose first layer is a convolution"):
+    with pytest.raises(UserError, match=r"^whiten (needs a model whose|would leave nothing to train).*: set whiten=0$"):
         models.whiten(model, data.normalise(sample["train"].images[:10]), 0.1)
 
 
