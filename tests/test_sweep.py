@@ -381,7 +381,7 @@ def test_a_folder_is_named_by_what_was_set(tmp_path):
     names = [job.name for job in jobs]
     assert re.fullmatch(r"cnn-fast-augment=[0-9a-f]{8}-flip=false-shift=1,0\.3-fold=2of5-seed=3", names[0])
     assert "shift=2-fold" in names[1]
-    assert all(job.folder == tmp_path / job.name and job.epochs == 2 for job in jobs)
+    assert all(job.folder == tmp_path / job.name and job.epochs == recipes.find("fast", "cnn").epochs for job in jobs)
     many = [
         f"{name}=0.{'1234567' * 4}" for name in ("lr", "warmup", "dropout", "label_smoothing", "prune", "temperature")
     ]
