@@ -137,8 +137,9 @@ def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
     """Let the first layer, a convolution, whiten the patches of images float32 (n, channels, h, w), and freeze it.
 
     Its filters are the directions of most variance, each scaled to variance 1, and their negatives, as ReLU follows;
-    then mixtures of the directions, as random as other initial weights. The biases bring their means to 0. `added` to
-    the variances keeps directions small that hardly vary. As cifar10-airbench does: Jordan 2024, arXiv:2404.00498.
+    then mixtures of the directions, as random as other initial weights. The biases bring their means to 0. `added` is
+    added to the variances, so that directions that hardly vary stay small. As in cifar10-airbench: Jordan 2024,
+    arXiv:2404.00498.
     Raises UserError where the first layer with weights, as the model lists them, is no such convolution.
     """
     first = next((module for module in model.modules() if hasattr(module, "weight")), None)

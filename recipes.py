@@ -205,9 +205,14 @@ def find(name: str, model: str) -> Recipe:
     Raises UserError where there is neither.
     """
     rows = RECIPES[name]
-    if model not in rows and FALLBACK not in rows:
+    if not has_row(name, model):
         raise UserError(f"recipe {name} has no row for {model}; it has {', '.join(rows)}")
     return rows.get(model) or rows[FALLBACK]._replace(whiten=0.0)  # its first layer may be anything
+
+
+def has_row(name: str, model: str) -> bool:
+    """Say whether find has a row for a model. A recipe that is not in the table has none."""
+    return bool(RECIPES.get(name, {}).keys() & {model, FALLBACK})
 
 
 def fold_of(name: str) -> tuple[int, int] | None:

@@ -128,8 +128,8 @@ def _identity(info: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(model: str, flags: dict[str, Any]) -> str:
     """Name the recipe of a run, with the values that were changed: only runs of equal names are compared."""
-    name, rows = flags["recipe"], recipes.RECIPES.get(flags["recipe"], {})
-    usual = recipes.find(name, model) if rows.keys() & {model, recipes.FALLBACK} else None
+    name = flags["recipe"]
+    usual = recipes.find(name, model) if recipes.has_row(name, model) else None
     names = [each for each in recipes.Recipe._fields if each != "precision"]  # "auto" is recorded as what it was
     known = [each for each in names if usual and each in flags]
     changed = [f"{each.replace('_', ' ')} {flags[each]}" for each in known if flags[each] != getattr(usual, each)]

@@ -166,8 +166,7 @@ def _known(runs: Iterable[Run]) -> list[Run]:
     normalises = functools.cache(_has_batch_norm)
     for run in runs:
         name = run.flags["recipe"]
-        rows = recipes.RECIPES.get(name, {})
-        if run.model in models.MODELS and (run.model in rows or recipes.FALLBACK in rows):
+        if run.model in models.MODELS and recipes.has_row(name, run.model):
             processes = run.facts["processes"] if normalises(run.model) else None
             known.append(run._replace(facts=run.facts | {"processes": processes}))
         else:

@@ -103,19 +103,22 @@ def test_a_run_can_be_stopped_after_any_step_and_in_an_evaluation_and_resumes_to
 
 def test_a_whitened_layer_stays_as_it_is_and_a_run_resumes_with_it(sample):
     recipe = recipes.find("fast", "cnn")._replace(batch_size=32)
-    weights, states = [], []
-    for seed in (0, 0, 1):  # the last one's layer must not matter
+
+    def begin(seed):
         torch.manual_seed(seed)
         training = engine.Training(models.build("cnn"), sample["train"], None, recipe, seed=0)
-        weights.append(training.model.conv1.weight.clone())
-        if seed:
-            training.load_state_dict(states[0])
-        list(training.run(progress=lambda *_, run=training: states.append(copy.deepcopy(run.state_dict()))))
-        if not seed:
-            assert torch.equal(training.model.conv1.weight, weights[-1])
-    assert torch.equal(training.model.conv1.weight, weights[0])
-    assert not torch.equal(weights[2], weights[0])
-    assert metrics.accuracy(engine.predict_logits(training.model, sample["val"]), sample["val"].labels) > 0.6
+        return training, training.model.conv1.weight.clone()
+
+    (whole, layer), (_, same), (resumed, other), states = begin(0), begin(0), begin(1), []
+    assert torch.equal(layer, same)
+    assert not torch.equal(layer, other)
+    list(whole.run(progress=lambda *_: states.append(copy.deepcopy(whole.state_dict()))))
+    resumed.load_state_dict(states[0])
+    assert 0 < resumed.step < resumed.steps
+    list(resumed.run())
+    assert_same_bits(whole.model, resumed.model)
+    assert torch.equal(resumed.model.conv1.weight, layer)
+    assert metrics.accuracy(engine.predict_logits(resumed.model, sample["val"]), sample["val"].labels) > 0.6
     with pytest.raises(UserError, match="whiten needs a model"):
         train(sample, "mlp", whiten=0.1)
 

@@ -170,7 +170,7 @@ def test_the_second_block_leaves_out_a_gradient_that_nothing_needs(monkeypatch):
 
 
 def test_the_second_block_is_the_same_with_narrower_registers_and_other_defaults(cache, monkeypatch):
-    """On a processor without AVX512 the first half of this is what all tests here compare."""
+    """Registers of eight numbers, as all tests here use them on a processor without AVX512."""
     conv, x = nn.Conv2d(32, 96, 3, padding=1), torch.randn(5, 32, 14, 14)
     expected = models.conv_relu_pool(conv, x)
     if torch.cpu.get_capabilities().get("avx512_f"):

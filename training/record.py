@@ -405,7 +405,8 @@ def _state(path: Path, saved: Any) -> dict[str, Any]:
     history = parse_json(_from_tensor(saved["history"]))
     _upgraded(history)  # a check alone: with its keys in another order, the run would write other bytes
     history = dict.fromkeys(checkpoint.NEWER) | history
-    history["flags"] |= {"fold": None, "whiten": 0.0} | history["flags"]  # earlier versions lack these two
+    for name, value in (("fold", None), ("whiten", 0.0)):  # which earlier versions lack
+        history["flags"].setdefault(name, value)
     if isinstance(saved.get("training"), dict):
         saved = saved | {"history": history, "training": {"recent": []} | saved["training"]}
     if wrong := problem(saved, STATE):  # which has just the flags of today
