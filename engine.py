@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import metrics
 import models
 from data import CLASSES, Split, augment, batches, check_values, derive_seeds, normalise, places, share
-from optim import FusedAdam, build_optimizers, rate, set_rates
+from optim import FusedAdam, WhitenedInputs, build_optimizers, rate, set_rates
 from recipes import Recipe
 from runtime import adopt, distributed, kernels, mlp_step
 from runtime.code_key import digest
@@ -160,8 +160,9 @@ class Training:
         self.seed, self.precision, self.teacher = seed, precision, teacher
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
+        self.whitened: contextlib.AbstractContextManager = contextlib.nullcontext()  # around a step of the optimisers
         if recipe.whiten:
-            models.whiten(model, normalise(train.images[:: -(-len(train.images) // WHITENED)]), recipe.whiten)
+            self._whiten(normalise(train.images[:: -(-len(train.images) // WHITENED)]))
         self.optimizers = build_optimizers(model, recipe)
         self.team = mlp_step.Team()
         self.whole_step: mlp_step.Step | None = None
@@ -172,6 +173,15 @@ class Training:
         self._recent: list[tuple] = []  # what _step returned of steps not yet counted
         self.epoch = 1
         self._begin_epoch()
+
+    def _whiten(self, images: torch.Tensor) -> None:
+        """Let the first layer see whitened images: by its own weights, or where it is linear by how it is trained."""
+        layer = models.first_layer(self.model)
+        if models.is_linear_of(layer, images):
+            with _one_thread():  # with more, eigenvectors differ in their last bits
+                self.whitened = WhitenedInputs(layer, images.flatten(1), self.recipe.whiten)
+        else:
+            models.whiten(self.model, images, self.recipe.whiten)
 
     def _find_whole_step(self) -> mlp_step.Step | None:
         """Return a function for a whole step, for a training that needs only what it computes.
@@ -194,6 +204,7 @@ class Training:
         """Say whether the recipe, the data and this object need nothing but what a whole step computes."""
         recipe, device = self.recipe, self.train.labels.device.type
         other = recipe.label_smoothing or recipe.prune or recipe.distillation or recipe.augment
+        other = other or (recipe.whiten and recipe.optimizer == "adam")  # a whole step of Adam's has no place for it
         alone = device == "cpu" and distributed.world() == 1 and self.precision is torch.float32
         images, labels, n = self.train.images, self.train.labels, len(self.train.labels)
         readable = images.is_contiguous() and images.dtype is torch.uint8 and images.shape == (n, 28, 28)
@@ -217,6 +228,7 @@ class Training:
         trial = copy.copy(self)
         trial.model = trial.network = copy.deepcopy(self.model)
         trial.optimizers = build_optimizers(trial.model, self.recipe)
+        trial.whitened = contextlib.nullcontext()
         trial.team = mlp_step.Team()  # what a trial takes counts for nothing
         trial.step, trial.whole_step = 0, trial._whole_step_of(trial.model, trial.optimizers) if whole else None
         first = torch.arange(min(self.recipe.batch_size, len(self.train.labels)))
@@ -366,7 +378,7 @@ class Training:
         assert self.whole_step
         loss, logits = self.whole_step(self.train.images, index, labels)
         if not self.whole_step.adam:
-            with _one_thread():
+            with _one_thread(), self.whitened:
                 for optimizer in self.optimizers:
                     optimizer.step()
         return loss, len(labels), logits
@@ -394,8 +406,9 @@ class Training:
         """Take a step of the optimisers."""
         self.model.zero_grad()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        with self.whitened:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer) if self.scaler else optimizer.step()
         if self.scaler:
             self.scaler.update()
 
@@ -541,7 +554,7 @@ def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 # runtime/mlp_step.c replaces these, a loss, normalise and three methods. WRITTEN_FOR is the digest of their code as it
 # was then. After an edit of it that the C code follows, or that changes no result, take the digest of test_kernels.py.
 REPLACED = (loss_of, FusedAdam.step, FusedAdam.states, FusedAdam.options)
-WRITTEN_FOR = "ac3a2132716a6036"
+WRITTEN_FOR = "37a17de611851e1a"
 
 
 # --- predictions -----------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ model = models.build("cnn")
 logits = model(images)          # float32 (n, 1, 28, 28) -> (n, 10)
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -133,6 +135,20 @@ def build(name: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def first_layer(model: nn.Module) -> nn.Module | None:
+    """Return the first module with weights, as a model lists them; None where there is none."""
+    return next((module for module in model.modules() if hasattr(module, "weight")), None)
+
+
+def is_linear_of(layer: nn.Module | None, images: torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Say whether a layer is linear with a bias, all of it trained, and takes as many values as each image has."""
+    return (
+        type(layer) is nn.Linear
+        and (layer.in_features, layer.bias is not None) == (images[0].numel(), True)
+        and all(parameter.requires_grad for parameter in layer.parameters())
+    )
+
+
 def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
     """Let the first layer, a convolution, whiten the patches of images float32 (n, channels, h, w), and freeze it.
 
@@ -142,13 +158,16 @@ def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
     arXiv:2404.00498.
     Raises UserError where the first layer with weights, as the model lists them, is no such convolution.
     """
-    first = next((module for module in model.modules() if hasattr(module, "weight")), None)
+    first = first_layer(model)
     if (
         type(first) is not nn.Conv2d
         or (first.in_channels, first.groups, first.dilation) != (images.shape[1], 1, (1, 1))
         or max(first.kernel_size) > min(images.shape[2:])
     ):
-        raise UserError("whiten needs a model whose first layer is a usual convolution: set whiten=0")
+        raise UserError(
+            "whiten needs a model whose first layer is a usual convolution, or linear with an input for each pixel: "
+            "set whiten=0"
+        )
     patches = F.unfold(images.cpu(), first.kernel_size).transpose(1, 2).flatten(0, 1)  # (all, values of a patch)
     variances, directions = torch.linalg.eigh(patches.T.cov())
     scaled = (directions / (variances.clamp(min=1e-12) + added).sqrt()).T.flip(0)  # the most variance first

@@ -138,6 +138,43 @@ class Muon(Optimizer):
                 weight.add_(orthogonalise(update).view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
+class WhitenedInputs:
+    """Lets the optimisers train a linear layer as if its inputs were whitened. The layer itself stays as it is.
+
+    For the inputs x of the layer W x + b, they train V and c of V z + c, which is the same for z = P (x - mean),
+    W = V P and b = c - W mean. P shrinks the directions of more variance than `limit` to it, and leaves the others.
+    So no direction outshines the rest, and few large steps do what takes many otherwise. Natural neural networks
+    (Desjardins et al. 2015, arXiv:1507.00210) scale all directions.
+    """
+
+    def __init__(self, layer: torch.nn.Linear, inputs: torch.Tensor, limit: float):
+        """Measure the inputs float32 (n, features)."""
+        self.layer, self.mean = layer, inputs.mean(0)
+        variances, directions = torch.linalg.eigh(inputs.T.cov())
+        large = variances > limit
+        self.directions, self.shrunk = directions[:, large], 1 - (limit / variances[large]).sqrt()
+        self.before = torch.empty_like(layer.weight)
+
+    def _whiten(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix - (matrix @ self.directions * self.shrunk) @ self.directions.T  # matrix P
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        """Turn the layer's gradient into that of V, before the optimisers step."""
+        self.before.copy_(self.layer.weight)
+        gradient, of_bias = self.layer.weight.grad, self.layer.bias.grad
+        if gradient is not None and of_bias is not None:  # it is used in this step
+            gradient.copy_(self._whiten(gradient.addr(of_bias, self.mean, alpha=-1)))
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        """Turn the step that they took with V and c into one with W and b."""
+        weight, bias = self.layer.weight, self.layer.bias
+        change = self._whiten(weight - self.before)
+        weight.copy_(self.before + change)
+        bias.sub_(change @ self.mean)
+
+
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of a matrix float32 (rows, columns) near 1: from U S V^T to about U V^T.
 

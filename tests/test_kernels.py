@@ -242,7 +242,7 @@ def test_whole_steps_train_as_pytorchs_do_but_for_rounding(recipe, batch, sample
 
 @pytest.mark.parametrize("recipe", ["published", "fast"])
 def test_whole_steps_give_the_same_bits_on_any_number_of_threads(recipe, sample):
-    changes = {"batch_size": 150, "precision": "float32", "optimizer": "adam", "muon_lr": 0.0, "fused": True}
+    changes = {"batch_size": 150, "precision": "float32", "optimizer": "adam", "muon_lr": 0.0, "whiten": 0.0}
     recipe = recipes.find(recipe, "mlp")._replace(**changes)
     results = on_threads(lambda: [p.detach() for p in trained(sample, recipe)[0].model.parameters()], (1, 2, 3, 9))
     for other in results[1:]:

@@ -100,6 +100,21 @@ def test_what_has_no_first_convolution_of_grey_images_cannot_be_whitened(model, 
         models.whiten(model, data.normalise(sample["train"].images[:10]), 0.1)
 
 
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Linear(784, 32), True),
+        (nn.Linear(784, 32, bias=False), False),
+        (nn.Linear(28, 32), False),
+        (nn.Linear(784, 32).requires_grad_(False), False),
+        (nn.BatchNorm1d(784), False),
+        (None, False),
+    ],
+)
+def test_a_linear_layer_of_the_pixels_is_one_that_learns_with_a_bias(layer, expected):
+    assert models.is_linear_of(layer, torch.zeros(5, 1, 28, 28)) == expected
+
+
 def test_dropout_is_off_in_evaluation(sample):
     model = models.build("cnn").eval()
     images, _ = next(data.batches(sample["test"], 8))

@@ -1,5 +1,6 @@
 """optim.py: Adam is PyTorch's, Muon is Muon, the learning rates rise and fall."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,35 @@ def test_orthogonalising_leaves_the_directions_and_evens_out_their_sizes(shape):
     for _ in range(optim.NEWTON_SCHULZ_STEPS):  # the iteration as published; ours is a rearrangement of it
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(u.t() @ result @ v, expected.diag(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_a_layer_is_trained_as_if_its_inputs_were_whitened(name, sample):
+    inputs, labels = data.normalise(sample["train"].images[:300]).flatten(1), sample["train"].labels[:300]
+    pixels, whitened = torch.nn.Linear(784, 40), torch.nn.Linear(784, 40)
+    ours = optim.WhitenedInputs(pixels, inputs, 5.0)
+    values, directions = torch.linalg.eigh((inputs.double() - inputs.double().mean(0)).T.cov())
+    large = directions[:, values > 5].float()
+    assert large.shape[1] == 7  # of 784
+    shrink = torch.eye(784) - large * (1 - (5 / values[values > 5].float()).sqrt()) @ large.T
+    with torch.no_grad():
+        whitened.weight.copy_(pixels.weight @ torch.linalg.inv(shrink))
+        whitened.bias.copy_(pixels.bias + pixels.weight @ inputs.mean(0))
+    shrunk = (inputs - inputs.mean(0)) @ shrink
+    assert shrunk.T.cov().diagonal().sum() < 0.5 * inputs.T.cov().diagonal().sum()
+    recipe = recipes.Recipe(epochs=1, optimizer=name, lr=0.001, muon_lr=0.02 if name == "muon" else 0.0)
+    start = pixels.weight.detach().clone()
+    for layer, x, around in ((pixels, inputs, ours), (whitened, shrunk, contextlib.nullcontext())):
+        optimizers = optim.build_optimizers(layer, recipe)
+        for _ in range(5):
+            layer.zero_grad()
+            torch.nn.functional.cross_entropy(layer(x), labels).backward()
+            with around:
+                [optimizer.step() for optimizer in optimizers]
+    change = pixels.weight - start
+    assert change.abs().mean() > 0.0005
+    assert (change - (whitened.weight @ shrink - start)).norm() < 0.03 * change.norm()  # Adam enlarges rounding near 0
+    torch.testing.assert_close(pixels(inputs), whitened(shrunk), atol=0.01, rtol=0.01)
 
 
 def test_orthogonalising_nothing_gives_nothing():
