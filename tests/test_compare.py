@@ -212,8 +212,8 @@ def test_a_command_repeats_its_row():
     taught = flags_of("distilled", "mlp", teachers=[{"checkpoint": "a/best_cnn_fmnist.pt"}, {"checkpoint": "b.pt"}])
     told = "--model mlp --recipe distilled --teacher a/best_cnn_fmnist.pt b.pt"
     assert commands.command("mlp", taught) == told
-    faster = flags_of("fast", "mlp", muon_lr=0.2, precision="bfloat16")  # --lr sets Muon's rate where there is one
-    assert commands.command("mlp", faster) == "--model mlp --recipe fast --lr 0.2 --precision bfloat16"
+    faster = flags_of("fast", "mlp", muon_lr=0.3, precision="bfloat16")  # --lr sets Muon's rate where there is one
+    assert commands.command("mlp", faster) == "--model mlp --recipe fast --lr 0.3 --precision bfloat16"
     other = flags_of("best", "mlp", lr=0.3, augment={"flip": 0.5, "shift": [1, 0.3]}, fold="2/5")
     assert commands.command("mlp", other) == (
         "--model mlp --recipe best --set lr=0.3 'shift=[1,0.3]' erase=false --fold 2/5"
