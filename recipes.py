@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "mlp": Recipe(epochs=5, fused=True),
         "cnn": Recipe(epochs=15, fused=True),
     },
-    # The least time to the published test accuracy: 87.14% and 91.82%.
+    # The least time to the published test accuracy: 87.14% and 91.82%. Of the ResNet, five epochs.
     "fast": {
         "mlp": Recipe(
             epochs=1, batch_size=1280, optimizer="muon", lr=0.05, muon_lr=0.2, warmup=0.0, whiten=4.0, select="last",
@@ -70,6 +70,10 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "cnn": Recipe(
             epochs=1, batch_size=192, optimizer="muon", lr=3e-3, muon_lr=0.05, warmup=0.0, dropout=0.0, whiten=0.1,
             label_smoothing=0.1, select="last", fused=True,
+        ),
+        "resnet": Recipe(
+            epochs=5, batch_size=256, optimizer="muon", lr=1e-2, muon_lr=0.06, warmup=0.2, label_smoothing=0.1,
+            augment={"flip": 0.5, "shift": 1}, select="last", precision="auto",
         ),
     },
     # The highest accuracy within ten minutes on two cores. The ResNet takes half an hour, in float32 hours.
