@@ -91,7 +91,7 @@ def add_recipe(parser: cli.Parser) -> None:
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the matrix products: auto is bfloat16 where the processor multiplies it natively, else float32 "
-        "(default: the recipe's: float32 for published and fast, else auto); float16 is for GPUs",
+        "(default: the recipe's: auto, but float32 for published and for fast of mlp and cnn); float16 is for GPUs",
     )
 
 
