@@ -160,7 +160,9 @@ class Training:
         self.seed, self.precision, self.teacher = seed, precision, teacher
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
-        self.whitened: contextlib.AbstractContextManager = contextlib.nullcontext()  # around a step of the optimisers
+        self.around_step: contextlib.AbstractContextManager = (
+            contextlib.nullcontext()
+        )  # around a step of the optimisers
         if recipe.whiten:
             self._whiten(normalise(train.images[:: -(-len(train.images) // WHITENED)]))
         self.optimizers = build_optimizers(model, recipe)
@@ -178,8 +180,10 @@ class Training:
         """Let the first layer see whitened images: by its own weights, or where it is linear by how it is trained."""
         layer = models.first_layer(self.model)
         if models.is_linear_of(layer, images):
+            if self.recipe.weight_decay:
+                raise UserError("whiten and weight_decay do not go together where the first layer is linear")
             with _one_thread():  # with more, eigenvectors differ in their last bits
-                self.whitened = WhitenedInputs(layer, images[::4].flatten(1), self.recipe.whiten)
+                self.around_step = WhitenedInputs(layer, images[::4].flatten(1), self.recipe.whiten)
         else:
             models.whiten(self.model, images, self.recipe.whiten)
 
@@ -228,7 +232,7 @@ class Training:
         trial = copy.copy(self)
         trial.model = trial.network = copy.deepcopy(self.model)
         trial.optimizers = build_optimizers(trial.model, self.recipe)
-        trial.whitened = contextlib.nullcontext()
+        trial.around_step = contextlib.nullcontext()  # its layers are others
         trial.team = mlp_step.Team()  # what a trial takes counts for nothing
         trial.step, trial.whole_step = 0, trial._whole_step_of(trial.model, trial.optimizers) if whole else None
         first = torch.arange(min(self.recipe.batch_size, len(self.train.labels)))
@@ -378,7 +382,7 @@ class Training:
         assert self.whole_step
         loss, logits = self.whole_step(self.train.images, index, labels)
         if not self.whole_step.adam:
-            with _one_thread(), self.whitened:
+            with _one_thread(), self.around_step:
                 for optimizer in self.optimizers:
                     optimizer.step()
         return loss, len(labels), logits
@@ -406,7 +410,7 @@ class Training:
         """Take a step of the optimisers."""
         self.model.zero_grad()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
-        with self.whitened:
+        with self.around_step:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer) if self.scaler else optimizer.step()
         if self.scaler:
@@ -554,7 +558,7 @@ def prune(losses: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 # runtime/mlp_step.c replaces these, a loss, normalise and three methods. WRITTEN_FOR is the digest of their code as it
 # was then. After an edit of it that the C code follows, or that changes no result, take the digest of test_kernels.py.
 REPLACED = (loss_of, FusedAdam.step, FusedAdam.states, FusedAdam.options)
-WRITTEN_FOR = "37a17de611851e1a"
+WRITTEN_FOR = "49957ee71e1e3846"
 
 
 # --- predictions -----------------------------------------------------------------------------------------

@@ -144,7 +144,9 @@ def is_linear_of(layer: nn.Module | None, images: torch.Tensor) -> TypeGuard[nn.
     """Say whether a layer is linear with a bias, all of it trained, and takes as many values as each image has."""
     return (
         type(layer) is nn.Linear
-        and (layer.in_features, layer.bias is not None) == (images[0].numel(), True)
+        and layer.in_features == images[0].numel()
+        and layer.bias is not None
+        and isinstance(layer.weight, nn.Parameter)  # not computed from others
         and all(parameter.requires_grad for parameter in layer.parameters())
     )
 
@@ -165,8 +167,8 @@ def whiten(model: nn.Module, images: torch.Tensor, added: float) -> None:
         or max(first.kernel_size) > min(images.shape[2:])
     ):
         raise UserError(
-            "whiten needs a model whose first layer is a usual convolution, or linear with an input for each pixel: "
-            "set whiten=0"
+            "whiten needs a model whose first layer is a usual convolution, or a usual linear layer with a bias and an "
+            "input for each pixel, all of it trained: set whiten=0"
         )
     patches = F.unfold(images.cpu(), first.kernel_size).transpose(1, 2).flatten(0, 1)  # (all, values of a patch)
     variances, directions = torch.linalg.eigh(patches.T.cov())

@@ -143,21 +143,24 @@ class WhitenedInputs:
 
     For the inputs x of the layer W x + b, they train V and c of V z + c, which is the same for z = P (x - mean),
     W = V P and b = c - W mean. P shrinks the directions of more variance than `limit` to it, and leaves the others.
-    So no direction outshines the rest, and few large steps do what takes many otherwise. Natural neural networks
-    (Desjardins et al. 2015, arXiv:1507.00210) scale all directions.
+    Then no direction dominates the gradient, so fewer and larger steps suffice. Natural neural networks (Desjardins et
+    al. 2015, arXiv:1507.00210) scale all directions.
+    A layer that gets other inputs than those measured is trained in this way too, to no purpose.
     """
 
     def __init__(self, layer: torch.nn.Linear, inputs: torch.Tensor, limit: float):
-        """Measure the inputs float32 (n, features). 200 are enough: the time grows with n cubed."""
-        self.layer, self.mean = layer, inputs.mean(0)
-        centred = inputs - self.mean
+        """Measure the inputs float32 (n, features). Some 200 are enough; the time grows with n cubed."""
+        device, inputs = layer.weight.device, inputs.cpu()
+        mean = inputs.mean(0)
+        centred = inputs - mean
         variances, mixtures = torch.linalg.eigh(centred @ centred.T / max(1, len(inputs) - 1))
-        large = variances > limit
-        self.directions = torch.nn.functional.normalize(centred.T @ mixtures[:, large], dim=0)
-        self.shrunk = 1 - (limit / variances[large]).sqrt()
+        large = variances > max(limit, 1e-5 * variances[-1].item())  # smaller ones are rounding
+        directions = torch.nn.functional.normalize(centred.T @ mixtures[:, large], dim=0)
+        shrunk = 1 - (limit / variances[large]).sqrt()
+        self.layer, self.mean, self.directions, self.shrunk = layer, *(x.to(device) for x in (mean, directions, shrunk))
         self.before = torch.empty_like(layer.weight)
 
-    def _whiten(self, matrix: torch.Tensor) -> torch.Tensor:
+    def _shrink(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix - (matrix @ self.directions * self.shrunk) @ self.directions.T  # matrix P
 
     @torch.no_grad()
@@ -166,13 +169,13 @@ class WhitenedInputs:
         self.before.copy_(self.layer.weight)
         gradient, of_bias = self.layer.weight.grad, self.layer.bias.grad
         if gradient is not None and of_bias is not None:  # it is used in this step
-            gradient.copy_(self._whiten(gradient.addr(of_bias, self.mean, alpha=-1)))
+            gradient.copy_(self._shrink(gradient.addr(of_bias, self.mean, alpha=-1)))
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:
         """Turn the step that they took with V and c into one with W and b."""
         weight, bias = self.layer.weight, self.layer.bias
-        change = self._whiten(weight - self.before)
+        change = self._shrink(weight - self.before)
         weight.copy_(self.before + change)
         bias.sub_(change @ self.mean)
 

@@ -21,7 +21,9 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.0  # decoupled, of the large matrices only, as a share per step of Muon's learning rate
     warmup: float | None = None  # share of the steps in which the learning rates rise; they fall to 0 in the rest
     dropout: float | None = None  # None keeps the model's own
-    whiten: float = 0.0  # unless 0, the first layer gets whitened images: models.whiten, optim.WhitenedInputs
+    # Unless 0, the first layer gets whitened images. For a convolution: what is added to the variances (models.whiten);
+    # for a linear layer: the most variance that is left (optim.WhitenedInputs).
+    whiten: float = 0.0
     loss: str = "cross_entropy"  # a function of engine.py
     label_smoothing: float = 0.0
     augment: dict = {}  # noqa: RUF012 - functions of data.py and their values; never changed in place

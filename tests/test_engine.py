@@ -125,6 +125,33 @@ def test_a_whitened_layer_stays_as_it_is_and_a_run_resumes_with_it(sample):
     assert metrics.accuracy(engine.predict_logits(resumed.model, sample["val"]), sample["val"].labels) > 0.6
 
 
+class Unused(models.MLP):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(784, 3)
+        self.used = torch.nn.Linear(784, 128)
+
+    def forward(self, images):
+        return self.fc2(self.used(images.flatten(1)))
+
+
+def test_whitening_a_linear_layer_is_never_left_out_and_never_half_done(sample):
+    recipe = recipes.find("published", "mlp")._replace(epochs=1, whiten=4.0)
+    results = []
+    for changes in ({}, {"fused": False}, {"whiten": 0.0}):
+        torch.manual_seed(0)
+        training = engine.Training(models.build("mlp"), sample["train"], None, recipe._replace(**changes), seed=0)
+        results.append(next(training.run())["train_loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)  # not by the step that has no place for it
+    assert abs(results[0] - results[2]) > 0.01
+    unused = Unused()
+    before = unused.fc1.weight.clone()
+    next(engine.Training(unused, sample["train"], None, recipe, seed=0).run())
+    assert torch.equal(unused.fc1.weight, before)
+    with pytest.raises(UserError, match="whiten and weight_decay"):
+        train(sample, "mlp", whiten=4.0, weight_decay=0.05, optimizer="muon", muon_lr=0.05)
+
+
 def test_easy_images_are_left_out_and_the_others_count_for_them():
     losses = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 4  # 0.2 in the mean, most of them below
     easy = losses < losses.mean()

@@ -51,6 +51,13 @@ def test_orthogonalising_leaves_the_directions_and_evens_out_their_sizes(shape):
     torch.testing.assert_close(u.t() @ result @ v, expected.diag(), atol=0.02, rtol=0.02)
 
 
+def test_a_tiny_limit_finds_no_more_directions_than_there_are():
+    images = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    directions = optim.WhitenedInputs(torch.nn.Linear(20, 4), images, 1e-30).directions
+    torch.testing.assert_close(directions.T @ directions, torch.eye(5), atol=1e-4, rtol=0)
+    assert optim.WhitenedInputs(torch.nn.Linear(20, 4), images[:1], 1.0).directions.shape == (20, 0)
+
+
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_a_layer_is_trained_as_if_its_inputs_were_whitened(name, sample):
     inputs, labels = data.normalise(sample["train"].images[:300]).flatten(1), sample["train"].labels[:300]
