@@ -148,7 +148,7 @@ def test_the_page_counts_the_rows():
     for name, words in (
         ("suspects.csv", "suspect labels"),
         ("near_duplicates.csv", "near-duplicates with their twins"),
-        ("consensus.csv", "test images on which the checkpoint and all five trainings give the same wrong answer"),
+        ("consensus.csv", "test images on which all five trainings, the checkpoint among them, give the same wrong"),
     ):
         assert f"{len(rows(SHIPPED, name))} {words}" in text
 
