@@ -470,6 +470,18 @@ def test_whole_steps_end_where_the_network_changes_between_epochs(sample):
     assert torch.equal(training.model.fc1.weight, before)
 
 
+def test_whole_steps_go_on_when_the_images_are_learnt_by_heart(sample):
+    recipe = recipes.find("fast", "mlp")._replace(epochs=6, batch_size=16)
+    torch.manual_seed(0)
+    training = engine.Training(models.build("mlp"), sample["train+val"], None, recipe, seed=0)
+    losses = []
+    for row in training.run():
+        losses.append(row["train_loss"])
+        training._agrees = None  # as after --resume
+        assert training._find_whole_step()
+    assert losses[-1] < 0.1
+
+
 def test_a_run_by_whole_steps_resumes_to_the_same_bits(sample):
     recipe = recipes.find("published", "mlp")._replace(epochs=2, fused=True)
     whole, _ = trained(sample, recipe, epochs=2)

@@ -129,7 +129,7 @@ def test_the_frontier_names_every_point_in_a_free_place(shipped):
     figure, literature = charts.frontier(sections), tables.literature()
     texts = drawn(figure)
     ours = {f"{row.figures['model']} {row.figures['recipe']}" for row in sections[0].rows}
-    assert len(ours) == 11
+    assert len(ours) == 12
     assert all(texts.count(name) == 3 for name in ours)  # a panel each for seconds, parameters and operations
     assert all(texts.count(system["name"]) == 1 for system in literature)
     assert {"hollow: float32", "filled: bfloat16", "literature"} <= set(texts)
@@ -143,7 +143,7 @@ def test_the_frontier_names_every_point_in_a_free_place(shipped):
 def test_too_many_curves_are_those_of_the_rows_with_the_most_runs(shipped):
     sections = comparison.of(shipped)
     texts = drawn(charts.curves(sections))
-    assert "9 of 13 rows: the baseline and those with the most runs" in texts[0] + texts[-1]
+    assert "9 of 14 rows: the baseline and those with the most runs" in texts[0] + texts[-1]
     assert texts.count("cnn published select=val") == 2
     resnets = [text for text in texts if "resnet" in text]  # of three runs each; one of them is the baseline
     assert resnets == [sections[0].baseline.name] * 2
