@@ -37,7 +37,7 @@ VIEWS = tuple((mirrored, moved) for mirrored in (False, True) for moved in (0, 1
 # image, and moved by a pixel towards two opposite corners, and these three mirrored, as in cifar10-airbench
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for a GPU
 COUNTERS = ("epoch", "step", "loss", "correct", "seconds")  # of a Training, kept in its state_dict
-WHITENED = 1_000  # images, from all of the training set, that a first layer is made to whiten; a linear one: a fourth
+WHITENED = 1_000  # images, spread over the training set, that whitening is measured on; for a linear layer a fourth
 PRUNED_EPOCHS = 0.875  # share of a run's epochs that may leave images out, as published with prune's method
 
 
@@ -160,9 +160,7 @@ class Training:
         self.seed, self.precision, self.teacher = seed, precision, teacher
         find_loss(recipe)  # a misspelt name fails here and not in the first step
         check_values(recipe.augment)
-        self.around_step: contextlib.AbstractContextManager = (
-            contextlib.nullcontext()
-        )  # around a step of the optimisers
+        self.around_step: contextlib.AbstractContextManager = contextlib.nullcontext()  # or WhitenedInputs
         if recipe.whiten:
             self._whiten(normalise(train.images[:: -(-len(train.images) // WHITENED)]))
         self.optimizers = build_optimizers(model, recipe)

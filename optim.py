@@ -145,7 +145,7 @@ class WhitenedInputs:
     W = V P and b = c - W mean. P shrinks the directions of more variance than `limit` to it, and leaves the others.
     Then no direction dominates the gradient, so fewer and larger steps suffice. Natural neural networks (Desjardins et
     al. 2015, arXiv:1507.00210) scale all directions.
-    A layer that gets other inputs than those measured is trained in this way too, to no purpose.
+    If the layer gets other inputs than those measured, this still trains it, but without that gain.
     """
 
     def __init__(self, layer: torch.nn.Linear, inputs: torch.Tensor, limit: float):
