@@ -25,12 +25,14 @@
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (wide_ints){__VA_ARGS__})
 #endif
 
-#define PART 128              /* images at a time, a multiple of ROWS */
-#define CLASSES 16            /* room for the classes, a multiple of WIDE */
-#define ROWS 4                /* images of a tile, forward */
-#define COLUMNS (WIDE / ROWS) /* and hidden units */
-#define UNITS (WIDE / 2)      /* hidden units of a tile, backward */
-#define PANEL (2 * WIDE)      /* inputs of a tile, backward; the images lie in panels of so many inputs */
+#define PART 128                                  /* images at a time */
+#define CLASSES 16                                /* room for the classes, a multiple of WIDE */
+#define ROWS (WIDE == 16 ? 4 : 6)                 /* images of a tile, forward, */
+#define COLUMNS (WIDE == 16 ? 4 : 2)              /* and hidden units, */
+#define TILE ((ROWS * COLUMNS + WIDE - 1) / WIDE) /* and vectors of their products */
+#define UNITS (WIDE / 2)                          /* hidden units of a tile, backward, */
+#define PANEL (2 * WIDE)                          /* and inputs; the bytes of the images lie in panels of so many */
+#define LINE 64                                   /* bytes that come from memory together */
 
 struct tensor { /* of the network: its state in Adam, and its gradient, of the parts before the last or in all */
     float *weight, *steps, *mean, *square, *gradient;
@@ -103,51 +105,52 @@ static void use_few(const struct adam *a, struct part part, struct tensor t, con
 /* The gradient of the parts before this one. */
 INLINE wide before(struct part part, struct tensor t, size_t i) { return part.from ? at(t.gradient + i) : (wide){0}; }
 
-/* Floats from one panel of so many images to the next: such that their lines fall into different sets of a cache. */
-INLINE size_t stride(int rows) { return (size_t)rows * PANEL + 8 * PANEL; }
-
-/* Images of that index -> x, in panels, as pixel / 127.5 - 1. */
-static void read_images(const uint8_t *images, const int64_t *index, float *x, int n, int inputs) {
-    for (int b = 0; b < n; b++) {
-        const uint8_t *image = images + index[b] * inputs;
-        for (int k = 0; k < inputs; k += PANEL) {
-            float *restrict row = x + k / PANEL * stride(PART) + (size_t)b * PANEL;
-            if (k + PANEL <= inputs)
-                for (int i = 0; i < PANEL; i++) row[i] = image[k + i] * (1 / 127.5f) - 1.0f;
-            else
-                for (int i = 0; i < WIDE; i++) row[i] = image[k + i] * (1 / 127.5f) - 1.0f;
-        }
-    }
+/* n pixels, as pixel / 127.5 - 1. */
+static void scale(const uint8_t *restrict pixels, float *restrict x, int n) {
+    for (int i = 0; i < n; i++) x[i] = pixels[i] * (1 / 127.5f) - 1.0f;
 }
 
-/* Add the products of ROWS images and COLUMNS units, WIDE inputs of each. */
-INLINE void multiply(wide *sum, const float *image, const float *weight, int inputs) {
-    wide column[COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) column[j] = held(at(weight + (size_t)j * inputs));
-    UNROLL for (int i = 0; i < ROWS; i++) {
-        wide row = held(at(image + i * PANEL));
-        UNROLL for (int j = 0; j < COLUMNS; j++) sum[i * COLUMNS + j] += row * column[j];
+/* ROWS images of that index, or fewer at the end -> x (ROWS, inputs), and their bytes -> panels, from image b on.
+   The rows after the last image keep what they had, and count for nothing. */
+static void read_images(const uint8_t *images, const int64_t *index, float *x, uint8_t *panels, int b, int n,
+                        int inputs) {
+    for (int row = 0; row < ROWS && b + row < n; row++) {
+        const uint8_t *image = images + index[b + row] * inputs;
+        uint8_t *to = panels + (size_t)(b + row) * PANEL;
+        scale(image, x + (size_t)row * inputs, inputs);
+        int k = 0;
+        for (; k + PANEL <= inputs; k += PANEL) memcpy(to + (size_t)k * PART, image + k, PANEL);
+        if (k < inputs) memcpy(to + (size_t)k * PART, image + k, WIDE);
     }
+    for (int next = b + ROWS; next < b + 2 * ROWS && next < n; next++)
+        for (int k = 0; k < inputs; k += LINE) __builtin_prefetch(images + index[next] * inputs + k);
 }
 
-/* ReLU of the first layer, for WIDE units from `first` on -> hidden_units (n, hidden). */
-static void forward(const float *x, const float *weight, const float *bias, float *hidden_units, int n, int inputs,
-                    int hidden, int first) {
-    for (int b = 0; b < n; b += ROWS) /* a tile over the end computes more rows of x, which count for nothing */
-        for (int unit = first; unit < first + WIDE; unit += COLUMNS) {
-            wide sum[WIDE] = {{0}};
-            const float *image = x + (size_t)b * PANEL, *w = weight + (size_t)unit * inputs;
-            int k = 0;
-            for (; k + PANEL <= inputs; k += PANEL, image += stride(PART))
-                UNROLL for (int v = 0; v < 2; v++) multiply(sum, image + v * WIDE, w + k + v * WIDE, inputs);
-            if (k < inputs) multiply(sum, image, w + k, inputs);
-            wide result = sums(sum);
-            for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < COLUMNS; j++) {
-                    float h = result[i * COLUMNS + j] + bias[unit + j];
-                    hidden_units[(size_t)(b + i) * hidden + unit + j] = h < 0 ? 0 : h; /* NaN stays */
+/* ReLU of the first layer, for the units from `first` to `last` -> hidden_units (n, hidden), with room for ROWS more.
+   A tile of the images is in the first cache while all weights pass by. */
+static void forward(const uint8_t *images, const int64_t *index, const float *weight, const float *bias, float *x,
+                    uint8_t *panels, float *hidden_units, int n, int inputs, int hidden, int first, int last) {
+    for (int b = 0; b < n; b += ROWS) {
+        read_images(images, index, x, panels, b, n, inputs);
+        for (int unit = first; unit < last; unit += COLUMNS) {
+            wide sum[TILE * WIDE] = {{0}}, result[TILE];
+            const float *w = weight + (size_t)unit * inputs;
+            for (int k = 0; k < inputs; k += WIDE) {
+                wide column[COLUMNS];
+                UNROLL for (int j = 0; j < COLUMNS; j++) column[j] = held(at(w + (size_t)j * inputs + k));
+                UNROLL for (int i = 0; i < ROWS; i++) {
+                    wide row = held(at(x + (size_t)i * inputs + k));
+                    UNROLL for (int j = 0; j < COLUMNS; j++) sum[i * COLUMNS + j] += row * column[j];
                 }
+            }
+            UNROLL for (int i = 0; i < TILE; i++) result[i] = sums(sum + i * WIDE);
+            UNROLL for (int i = 0; i < ROWS * COLUMNS; i++) {
+                int to = unit + i % COLUMNS;
+                float h = result[i / WIDE][i % WIDE] + bias[to];
+                hidden_units[(size_t)(b + i / COLUMNS) * hidden + to] = h < 0 ? 0 : h; /* NaN stays */
+            }
         }
+    }
 }
 
 /* Hidden units (hidden) of an image, weight (CLASSES, hidden) and bias (CLASSES) -> logits (CLASSES). */
@@ -203,11 +206,11 @@ INLINE void update(const struct adam *a, struct part part, struct tensor t, cons
         __builtin_prefetch(t.square + soon, 1);
     }
     for (int b = 0; b < part.size; b++) {
-        wide pixels[2];
-        UNROLL for (int v = 0; v < many; v++) pixels[v] = held(at(x + b * PANEL + v * WIDE));
+        wide row[2];
+        UNROLL for (int v = 0; v < many; v++) row[v] = held(at(x + b * PANEL + v * WIDE));
         UNROLL for (int u = 0; u < UNITS; u++) {
             wide d = held(all(delta[b * WIDE + u]));
-            UNROLL for (int v = 0; v < many; v++) sum[u][v] += d * pixels[v];
+            UNROLL for (int v = 0; v < many; v++) sum[u][v] += d * row[v];
         }
     }
     UNROLL for (int i = 0; i < UNITS * many; i++)
@@ -215,18 +218,19 @@ INLINE void update(const struct adam *a, struct part part, struct tensor t, cons
 }
 
 /* The same for all inputs of the units from `first` to `last`. */
-static void update_rows(const struct adam *a, struct part part, struct tensor t, const float *x, const float *delta,
-                        int inputs, int first, int last) {
-    for (int k = 0; k < inputs; k += PANEL)
+static void update_rows(const struct adam *a, struct part part, struct tensor t, const uint8_t *panels, float *x,
+                        const float *delta, int inputs, int first, int last) {
+    for (int k = 0; k < inputs; k += PANEL) {
+        scale(panels + (size_t)k * PART, x, part.size * PANEL);
         for (int unit = first; unit < last; unit += UNITS) {
-            const float *panel = x + k / PANEL * stride(PART);
             const float *own = delta + (size_t)(unit - first) / WIDE * PART * WIDE + (unit - first) % WIDE;
             size_t place = (size_t)unit * inputs + k;
             if (k + PANEL <= inputs)
-                update(a, part, t, panel, own, inputs, place, 2);
+                update(a, part, t, x, own, inputs, place, 2);
             else
-                update(a, part, t, panel, own, inputs, place, 1);
+                update(a, part, t, x, own, inputs, place, 1);
         }
+    }
 }
 
 /* The second layer, as every thread computes it: hidden units, weight, bias -> logits, unless they are missing, and
@@ -246,11 +250,25 @@ static double answer(struct part part, const float *hidden_units, const float *s
     return loss;
 }
 
+/* Floats of what each thread needs for itself: x, the images' panels, the gradients of its hidden units, the errors,
+   and copies of the second layer. */
+struct places {
+    size_t x, panels, delta, error, second, all;
+};
+static struct places places(int inputs, int hidden) {
+    size_t whole = (size_t)(inputs + PANEL - 1) / PANEL * PANEL, tile = ROWS * whole, panel = PART * PANEL;
+    struct places at = {0};
+    at.panels = tile > panel ? tile : panel;
+    at.delta = at.panels + PART * whole / sizeof(float);
+    at.error = at.delta + (size_t)PART * hidden;
+    at.second = at.error + PART * CLASSES;
+    at.all = at.second + (size_t)CLASSES * (hidden + 1) + LINE;
+    return at;
+}
+
 /* How many floats the threads need as room: the hidden units, which they share, and each thread's own. */
 size_t room(int inputs, int hidden, int threads) {
-    size_t panels = (inputs + PANEL - 1) / PANEL;
-    size_t own = panels * stride(PART) + (size_t)PART * (hidden + CLASSES) + (size_t)CLASSES * (hidden + 1);
-    return (size_t)PART * hidden + threads * own;
+    return (size_t)(PART + ROWS) * hidden + threads * places(inputs, hidden).all;
 }
 
 /* Count a step of Adam for each of the tensors, and return what it needs. options: learning rate, beta1, beta2 and
@@ -268,22 +286,22 @@ static struct adam advance(const struct tensor *t, const double *options) {
 void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels, const struct tensor *t,
               const double *options, float *given, float *loss, float *logits, int n, int inputs, int hidden,
               int classes, int threads) {
-    const size_t shared = (size_t)PART * hidden, own = room(inputs, hidden, 1) - shared;
+    const struct places own = places(inputs, hidden);
     const struct adam adam = options ? advance(t, options) : (struct adam){0}, *a = options ? &adam : 0;
     double total = 0;
 #pragma omp parallel num_threads(threads)
     for (struct part part = {0, 0, n}; part.from < n; part.from += PART) {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads(), groups = hidden / WIDE;
         const int from = groups * thread / team * WIDE, to = groups * (thread + 1) / team * WIDE;
-        float *x = given + shared + own * thread, *delta = x + (inputs + PANEL - 1) / PANEL * stride(PART);
-        float *error = delta + (size_t)PART * hidden, *second = error + PART * CLASSES, *bias = second + CLASSES * hidden;
+        float *x = given + (size_t)(PART + ROWS) * hidden + own.all * thread, *delta = x + own.delta;
+        float *error = x + own.error, *second = x + own.second, *bias = second + CLASSES * hidden;
+        uint8_t *panels = (uint8_t *)(x + own.panels);
         part.size = n - part.from < PART ? n - part.from : PART;
         memset(second, 0, sizeof(float) * CLASSES * (hidden + 1));
         memcpy(second, t[2].weight, sizeof(float) * classes * hidden);
         memcpy(bias, t[3].weight, sizeof(float) * classes);
-        read_images(images, index + part.from, x, part.size, inputs);
-        for (int first = from; first < to; first += WIDE)
-            forward(x, t[0].weight, t[1].weight, given, part.size, inputs, hidden, first);
+        forward(images, index + part.from, t[0].weight, t[1].weight, x, panels, given, part.size, inputs, hidden, from,
+                to);
 #pragma omp barrier
         float *answers = thread ? 0 : logits + (size_t)part.from * classes;
         double sum = answer(part, given, second, bias, labels + part.from, error, answers, hidden, classes);
@@ -293,7 +311,7 @@ void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels
         }
         for (int first = from; first < to; first += WIDE)
             backward(a, part, t, error, given, second, delta + (size_t)PART * (first - from), hidden, first, classes);
-        update_rows(a, part, t[0], x, delta, inputs, from, to);
+        update_rows(a, part, t[0], panels, x, delta, inputs, from, to);
 #pragma omp barrier
     }
     *loss = (float)(total / n);
