@@ -11,29 +11,25 @@
 #define ROW (SIZE + 4) /* floats from one row of the padded image to the next */
 #define DEAD 4         /* where ReLU gave 0: no pixel of the window gets the gradient */
 
-typedef VECTOR(float, 16) floats;
-typedef VECTOR(int32_t, 16) ints;
-typedef VECTOR(uint8_t, 16) bytes;
-
 #ifdef FLOAT
 typedef int32_t element; /* the bits of a float */
-#define LANES 16
+#define LANES WIDE
 #define INFINITE 0x7f800000
 #define POSITIVE 0x7fffffff /* all bits but the sign */
-static inline floats load(const element *from) { return *(const floats *)from; }
-static inline void store(element *to, floats x) { *(floats *)to = x; }
+static inline wide load(const element *from) { return *(const wide *)from; }
+static inline void store(element *to, wide x) { *(wide *)to = x; }
 #else
 typedef int16_t element; /* the bits of a bfloat16, the upper half of a float */
-#define LANES 32
+#define LANES (2 * WIDE)
 #define INFINITE 0x7f80
 #define POSITIVE 0x7fff
-typedef VECTOR(int16_t, 16) shorts;
-static inline floats load(const element *from) {
-    return (floats)(__builtin_convertvector(*(const shorts *)from, ints) << 16);
+typedef VECTOR(int16_t, WIDE) shorts;
+static inline wide load(const element *from) {
+    return (wide)(__builtin_convertvector(*(const shorts *)from, wide_ints) << 16);
 }
-static inline void store(element *to, floats x) {
-    ints bits = (ints)x;
-    ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even; of no NaN */
+static inline void store(element *to, wide x) {
+    wide_ints bits = (wide_ints)x;
+    wide_ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even; of no NaN */
     *(shorts *)to = __builtin_convertvector(rounded, shorts);
 }
 #endif
@@ -57,26 +53,26 @@ int conv_pool_relu(const float *images, const float *weight, const float *bias, 
         float padded[SIZE + 2][ROW];
         pad(padded, images + (size_t)i * SIZE * SIZE);
         if (!small(images + (size_t)i * SIZE * SIZE, SIZE * SIZE)) usual = 0;
-        for (int c = 0; c < channels; c += 16) {
-            floats w[9], b = *(const floats *)(bias + c);
-            for (int tap = 0; tap < 9; tap++) w[tap] = *(const floats *)(weight + tap * channels + c);
+        for (int c = 0; c < channels; c += WIDE) {
+            wide w[9], b = *(const wide *)(bias + c);
+            for (int tap = 0; tap < 9; tap++) w[tap] = *(const wide *)(weight + tap * channels + c);
             for (int row = 0; row < POOLED; row++)
                 for (int column = 0; column < POOLED; column++) {
-                    floats maximum = {0};
-                    ints at = (ints){0} + DEAD;
+                    wide maximum = {0};
+                    wide_ints at = (wide_ints){0} + DEAD;
 #pragma GCC unroll 4
                     for (int number = 0; number < 4; number++) { /* of the pixel in the window */
                         const float *x = &padded[2 * row + number / 2][2 * column + number % 2];
-                        floats sum = b + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[ROW] * w[3] + x[ROW + 1] * w[4] +
+                        wide sum = b + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[ROW] * w[3] + x[ROW + 1] * w[4] +
                                      x[ROW + 2] * w[5] + x[2 * ROW] * w[6] + x[2 * ROW + 1] * w[7] +
                                      x[2 * ROW + 2] * w[8];
-                        ints larger = sum > maximum;
-                        maximum = (floats)CHOOSE(larger, (ints)sum, (ints)maximum);
-                        at = CHOOSE(larger, (ints){0} + number, at);
+                        wide_ints larger = sum > maximum;
+                        maximum = (wide)CHOOSE(larger, (wide_ints)sum, (wide_ints)maximum);
+                        at = CHOOSE(larger, (wide_ints){0} + number, at);
                     }
                     size_t here = (((size_t)i * POOLED + row) * POOLED + column) * channels + c;
                     store(output + here, maximum);
-                    *(bytes *)(place + here) = __builtin_convertvector(at, bytes);
+                    *(wide_bytes *)(place + here) = __builtin_convertvector(at, wide_bytes);
                 }
         }
     }
@@ -92,26 +88,26 @@ void conv_pool_relu_backward(const float *images, const element *gradient, const
         for (int i = (int)((int64_t)n * share / threads); i < (int64_t)n * (share + 1) / threads; i++) {
             float padded[SIZE + 2][ROW];
             pad(padded, images + (size_t)i * SIZE * SIZE);
-            for (int c = 0; c < channels; c += 16) {
-                floats w0 = {0}, w1 = {0}, w2 = {0}, w3 = {0}, w4 = {0}, w5 = {0}, w6 = {0}, w7 = {0}, w8 = {0}, b = {0};
+            for (int c = 0; c < channels; c += WIDE) {
+                wide w0 = {0}, w1 = {0}, w2 = {0}, w3 = {0}, w4 = {0}, w5 = {0}, w6 = {0}, w7 = {0}, w8 = {0}, b = {0};
                 for (int row = 0; row < POOLED; row++)
                     for (int column = 0; column < POOLED; column++) {
                         size_t here = (((size_t)i * POOLED + row) * POOLED + column) * channels + c;
-                        ints g = (ints)load(gradient + here);
-                        ints at = __builtin_convertvector(*(const bytes *)(place + here), ints);
-                        b += (floats)(g & (at < DEAD));
+                        wide_ints g = (wide_ints)load(gradient + here);
+                        wide_ints at = __builtin_convertvector(*(const wide_bytes *)(place + here), wide_ints);
+                        b += (wide)(g & (at < DEAD));
 #pragma GCC unroll 4
                         for (int number = 0; number < 4; number++) {
                             const float *x = &padded[2 * row + number / 2][2 * column + number % 2];
-                            floats own = (floats)(g & (at == number));
+                            wide own = (wide)(g & (at == number));
                             w0 += x[0] * own, w1 += x[1] * own, w2 += x[2] * own;
                             w3 += x[ROW] * own, w4 += x[ROW + 1] * own, w5 += x[ROW + 2] * own;
                             w6 += x[2 * ROW] * own, w7 += x[2 * ROW + 1] * own, w8 += x[2 * ROW + 2] * own;
                         }
                     }
-                const floats all[10] = {w0, w1, w2, w3, w4, w5, w6, w7, w8, b};
+                const wide all[10] = {w0, w1, w2, w3, w4, w5, w6, w7, w8, b};
                 for (int tap = 0; tap < 10; tap++)
-                    *(floats *)(sums + ((size_t)share * 10 + tap) * channels + c) += all[tap];
+                    *(wide *)(sums + ((size_t)share * 10 + tap) * channels + c) += all[tap];
             }
         }
 }
