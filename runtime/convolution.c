@@ -16,7 +16,7 @@
 #define PADDED (ROW * (SIDE + 2))    /* and in the whole */
 #define IMAGE (SIDE * SIDE * INPUTS) /* and without its border */
 #define PARTS (INPUTS / WIDE)
-#define HELD (WIDE == 16 ? 2 : 1)    /* of these, as many as the registers hold for the nine taps */
+#define HELD (WIDE == 16 ? 2 : 1)    /* of these parts, as many as add_to_weight can hold for nine taps in registers */
 #define DEAD 4                       /* where ReLU gave 0: no pixel of the window gets the gradient */
 #define VECTORS (WIDE == 16 ? 2 : 1) /* of outputs, as many as the registers hold for the windows of a row */
 #define PRODUCTS (HALF * VECTORS * WIDE)
@@ -129,10 +129,11 @@ static void list(const float *gradient, const uint8_t *place, float *value, int 
 
 /* Add the listed pixels of one output to its gradient (9, INPUTS). */
 static void add_to_weight(float *sum, const float *padded, const float *value, const int *pixel, int count) {
-    for (int first = 0; first < INPUTS; first += HELD * WIDE, sum += HELD * WIDE) {
+    for (int first = 0; first < INPUTS; first += HELD * WIDE) {
+        float *own = sum + first;
         wide sums[9][HELD];
         UNROLL for (int i = 0; i < 9 * HELD; i++)
-            sums[i / HELD][i % HELD] = at(sum + i / HELD * INPUTS + i % HELD * WIDE);
+            sums[i / HELD][i % HELD] = at(own + i / HELD * INPUTS + i % HELD * WIDE);
         for (int e = 0; e < count; e++) {
             const float *x = padded + pixel[e] + first;
             UNROLL for (int tap = 0; tap < 9; tap++)
@@ -140,7 +141,7 @@ static void add_to_weight(float *sum, const float *padded, const float *value, c
                     sums[tap][part] += value[e] * at(x + tap / 3 * ROW + tap % 3 * INPUTS + part * WIDE);
         }
         UNROLL for (int i = 0; i < 9 * HELD; i++)
-            put(sum + i / HELD * INPUTS + i % HELD * WIDE, sums[i / HELD][i % HELD]);
+            put(own + i / HELD * INPUTS + i % HELD * WIDE, sums[i / HELD][i % HELD]);
     }
 }
 

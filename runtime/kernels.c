@@ -64,8 +64,8 @@ int conv_pool_relu(const float *images, const float *weight, const float *bias, 
                     for (int number = 0; number < 4; number++) { /* of the pixel in the window */
                         const float *x = &padded[2 * row + number / 2][2 * column + number % 2];
                         wide sum = b + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[ROW] * w[3] + x[ROW + 1] * w[4] +
-                                     x[ROW + 2] * w[5] + x[2 * ROW] * w[6] + x[2 * ROW + 1] * w[7] +
-                                     x[2 * ROW + 2] * w[8];
+                                   x[ROW + 2] * w[5] + x[2 * ROW] * w[6] + x[2 * ROW + 1] * w[7] +
+                                   x[2 * ROW + 2] * w[8];
                         wide_ints larger = sum > maximum;
                         maximum = (wide)CHOOSE(larger, (wide_ints)sum, (wide_ints)maximum);
                         at = CHOOSE(larger, (wide_ints){0} + number, at);

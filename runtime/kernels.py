@@ -53,7 +53,7 @@ LIBRARIES = {  # source, options of the compiler
     "mlp_step": ("mlp_step.c", []),
 }
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-LANES = 32  # as in the sources: channels come in multiples of it
+LANES = 32  # channels come in multiples of it: a multiple of LANES in the sources, on any processor
 SIZE = 28  # of an image's side
 HALF = SIZE // 2
 MOST_CHANNELS = 512  # of a fused convolution: a thread keeps lists of each on its stack

@@ -25,14 +25,14 @@
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (wide_ints){__VA_ARGS__})
 #endif
 
-#define PART 128                                  /* images at a time */
-#define CLASSES 16                                /* room for the classes, a multiple of WIDE */
-#define ROWS (WIDE == 16 ? 4 : 6)                 /* images of a tile, forward, */
-#define COLUMNS (WIDE == 16 ? 4 : 2)              /* and hidden units, */
-#define TILE ((ROWS * COLUMNS + WIDE - 1) / WIDE) /* and vectors of their products */
-#define UNITS (WIDE / 2)                          /* hidden units of a tile, backward, */
-#define PANEL (2 * WIDE)                          /* and inputs; the bytes of the images lie in panels of so many */
-#define LINE 64                                   /* bytes that come from memory together */
+#define PART 128                     /* images at a time */
+#define CLASSES 16                   /* room for the classes, a multiple of WIDE */
+#define ROWS (WIDE == 16 ? 4 : 6)    /* images of a tile, forward */
+#define COLUMNS (WIDE == 16 ? 4 : 2) /* hidden units of a tile, forward: 16 sums in 32 registers, or 12 in 16 */
+#define RESULTS ((ROWS * COLUMNS + WIDE - 1) / WIDE) /* vectors that hold these sums in the end */
+#define UNITS (WIDE / 2)             /* hidden units of a tile, backward */
+#define PANEL (2 * WIDE)             /* inputs of a tile, backward; the images' bytes lie in panels of so many inputs */
+#define LINE 64                      /* bytes of a line of the cache */
 
 struct tensor { /* of the network: its state in Adam, and its gradient, of the parts before the last or in all */
     float *weight, *steps, *mean, *square, *gradient;
@@ -105,13 +105,14 @@ static void use_few(const struct adam *a, struct part part, struct tensor t, con
 /* The gradient of the parts before this one. */
 INLINE wide before(struct part part, struct tensor t, size_t i) { return part.from ? at(t.gradient + i) : (wide){0}; }
 
-/* n pixels, as pixel / 127.5 - 1. */
+/* n pixels -> x, as pixel / 127.5 - 1. */
 static void scale(const uint8_t *restrict pixels, float *restrict x, int n) {
     for (int i = 0; i < n; i++) x[i] = pixels[i] * (1 / 127.5f) - 1.0f;
 }
 
-/* ROWS images of that index, or fewer at the end -> x (ROWS, inputs), and their bytes -> panels, from image b on.
-   The rows after the last image keep what they had, and count for nothing. */
+/* The images b to b + ROWS - 1 of the part, by their index -> x (ROWS, inputs), and their bytes -> the panels of the
+   part. In a last tile that is not full, the other rows of x keep what they had: what is computed from them is never
+   read. Memory is asked for the images of the next tile. */
 static void read_images(const uint8_t *images, const int64_t *index, float *x, uint8_t *panels, int b, int n,
                         int inputs) {
     for (int row = 0; row < ROWS && b + row < n; row++) {
@@ -126,14 +127,14 @@ static void read_images(const uint8_t *images, const int64_t *index, float *x, u
         for (int k = 0; k < inputs; k += LINE) __builtin_prefetch(images + index[next] * inputs + k);
 }
 
-/* ReLU of the first layer, for the units from `first` to `last` -> hidden_units (n, hidden), with room for ROWS more.
-   A tile of the images is in the first cache while all weights pass by. */
+/* ReLU of the first layer, for the units from `first` to `last` -> hidden_units (n, hidden), which has room for ROWS
+   more images. A tile of the images is in the first cache while the weights of all these units pass by. */
 static void forward(const uint8_t *images, const int64_t *index, const float *weight, const float *bias, float *x,
                     uint8_t *panels, float *hidden_units, int n, int inputs, int hidden, int first, int last) {
     for (int b = 0; b < n; b += ROWS) {
         read_images(images, index, x, panels, b, n, inputs);
         for (int unit = first; unit < last; unit += COLUMNS) {
-            wide sum[TILE * WIDE] = {{0}}, result[TILE];
+            wide sum[RESULTS * WIDE] = {{0}}, result[RESULTS];
             const float *w = weight + (size_t)unit * inputs;
             for (int k = 0; k < inputs; k += WIDE) {
                 wide column[COLUMNS];
@@ -143,7 +144,7 @@ static void forward(const uint8_t *images, const int64_t *index, const float *we
                     UNROLL for (int j = 0; j < COLUMNS; j++) sum[i * COLUMNS + j] += row * column[j];
                 }
             }
-            UNROLL for (int i = 0; i < TILE; i++) result[i] = sums(sum + i * WIDE);
+            UNROLL for (int i = 0; i < RESULTS; i++) result[i] = sums(sum + i * WIDE);
             UNROLL for (int i = 0; i < ROWS * COLUMNS; i++) {
                 int to = unit + i % COLUMNS;
                 float h = result[i / WIDE][i % WIDE] + bias[to];
@@ -217,7 +218,7 @@ INLINE void update(const struct adam *a, struct part part, struct tensor t, cons
         use(a, part, t, place + (size_t)(i / many) * inputs + i % many * WIDE, sum[i / many][i % many]);
 }
 
-/* The same for all inputs of the units from `first` to `last`. */
+/* The same for all inputs of the units from `first` to `last`. x is room for a panel of the images, as floats. */
 static void update_rows(const struct adam *a, struct part part, struct tensor t, const uint8_t *panels, float *x,
                         const float *delta, int inputs, int first, int last) {
     for (int k = 0; k < inputs; k += PANEL) {
@@ -250,25 +251,26 @@ static double answer(struct part part, const float *hidden_units, const float *s
     return loss;
 }
 
-/* Floats of what each thread needs for itself: x, the images' panels, the gradients of its hidden units, the errors,
-   and copies of the second layer. */
-struct places {
-    size_t x, panels, delta, error, second, all;
+/* Where, in floats from the beginning of a thread's own room, its things are: after x, which is a tile of the images
+   forward and a panel of them backward, the panels of their bytes, the gradients of its hidden units, the errors and a
+   copy of the second layer; and the size of all. */
+struct layout {
+    size_t panels, delta, error, second, all;
 };
-static struct places places(int inputs, int hidden) {
+static struct layout layout(int inputs, int hidden) {
     size_t whole = (size_t)(inputs + PANEL - 1) / PANEL * PANEL, tile = ROWS * whole, panel = PART * PANEL;
-    struct places at = {0};
-    at.panels = tile > panel ? tile : panel;
-    at.delta = at.panels + PART * whole / sizeof(float);
-    at.error = at.delta + (size_t)PART * hidden;
-    at.second = at.error + PART * CLASSES;
-    at.all = at.second + (size_t)CLASSES * (hidden + 1) + LINE;
-    return at;
+    struct layout own = {0};
+    own.panels = tile > panel ? tile : panel;
+    own.delta = own.panels + PART * whole / sizeof(float);
+    own.error = own.delta + (size_t)PART * hidden;
+    own.second = own.error + PART * CLASSES;
+    own.all = own.second + (size_t)CLASSES * (hidden + 1);
+    return own;
 }
 
 /* How many floats the threads need as room: the hidden units, which they share, and each thread's own. */
 size_t room(int inputs, int hidden, int threads) {
-    return (size_t)(PART + ROWS) * hidden + threads * places(inputs, hidden).all;
+    return (size_t)(PART + ROWS) * hidden + threads * layout(inputs, hidden).all;
 }
 
 /* Count a step of Adam for each of the tensors, and return what it needs. options: learning rate, beta1, beta2 and
@@ -286,7 +288,7 @@ static struct adam advance(const struct tensor *t, const double *options) {
 void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels, const struct tensor *t,
               const double *options, float *given, float *loss, float *logits, int n, int inputs, int hidden,
               int classes, int threads) {
-    const struct places own = places(inputs, hidden);
+    const struct layout own = layout(inputs, hidden);
     const struct adam adam = options ? advance(t, options) : (struct adam){0}, *a = options ? &adam : 0;
     double total = 0;
 #pragma omp parallel num_threads(threads)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from optim import FusedAdam
 from runtime import kernels
 
-LANES = 16  # as in mlp_step.c: hidden units come in multiples of it
+LANES = 16  # hidden units come in multiples of it: a multiple of WIDE in mlp_step.c, on any processor
 INPUTS, CLASSES = 28 * 28, 10
 
 
