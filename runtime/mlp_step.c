@@ -253,13 +253,13 @@ static double answer(struct part part, const float *hidden_units, const float *s
 
 /* Where, in floats from the beginning of a thread's own room, its things are: after x, which is a tile of the images
    forward and a panel of them backward, the panels of their bytes, the gradients of its hidden units, the errors and a
-   copy of the second layer; and the size of all. */
+   copy of the second layer; and the size of all. `shared` is that of the hidden units, before the threads' rooms. */
 struct layout {
-    size_t panels, delta, error, second, all;
+    size_t shared, panels, delta, error, second, all;
 };
 static struct layout layout(int inputs, int hidden) {
     size_t whole = (size_t)(inputs + PANEL - 1) / PANEL * PANEL, tile = ROWS * whole, panel = PART * PANEL;
-    struct layout own = {0};
+    struct layout own = {(size_t)(PART + ROWS) * hidden};
     own.panels = tile > panel ? tile : panel;
     own.delta = own.panels + PART * whole / sizeof(float);
     own.error = own.delta + (size_t)PART * hidden;
@@ -270,7 +270,8 @@ static struct layout layout(int inputs, int hidden) {
 
 /* How many floats the threads need as room: the hidden units, which they share, and each thread's own. */
 size_t room(int inputs, int hidden, int threads) {
-    return (size_t)(PART + ROWS) * hidden + threads * layout(inputs, hidden).all;
+    const struct layout own = layout(inputs, hidden);
+    return own.shared + threads * own.all;
 }
 
 /* Count a step of Adam for each of the tensors, and return what it needs. options: learning rate, beta1, beta2 and
@@ -295,7 +296,7 @@ void mlp_step(const uint8_t *images, const int64_t *index, const int64_t *labels
     for (struct part part = {0, 0, n}; part.from < n; part.from += PART) {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads(), groups = hidden / WIDE;
         const int from = groups * thread / team * WIDE, to = groups * (thread + 1) / team * WIDE;
-        float *x = given + (size_t)(PART + ROWS) * hidden + own.all * thread, *delta = x + own.delta;
+        float *x = given + own.shared + own.all * thread, *delta = x + own.delta;
         float *error = x + own.error, *second = x + own.second, *bias = second + CLASSES * hidden;
         uint8_t *panels = (uint8_t *)(x + own.panels);
         part.size = n - part.from < PART ? n - part.from : PART;
