@@ -23,7 +23,7 @@ import engine
 import models
 import recipes
 import training.run
-from analysis import composition, humans, mistakes, trainings
+from analysis import composition, corruptions, humans, mistakes, trainings
 from analysis.report import render
 from runtime import cli
 
@@ -44,12 +44,14 @@ class Own(nn.Module):
 
 
 def shorten():
-    """Trainings of a moment, of one recipe and the small models."""
+    """Trainings of a moment, of one recipe and the small models; their robustness on few images."""
     del models.MODELS["resnet"]
     for name in list(recipes.RECIPES)[1:]:
         del recipes.RECIPES[name]
     trainings.FOLD_RECIPE, trainings.FOLD_EPOCHS = "published", 2
     data.AUGMENTATIONS.clear()  # train.py refuses those that no recipe uses
+    measure = corruptions.accuracies
+    corruptions.accuracies = lambda model, test: measure(model, first(test, 50))
     for model, recipe in recipes.RECIPES["published"].items():
         recipes.RECIPES["published"][model] = recipe._replace(epochs=3, batch_size=32)  # as `trained`
 
@@ -406,8 +408,8 @@ def test_each_cell_of_the_matrix_shows_exactly_its_images(page, report):
         for answer in range(10):
             expected = np.flatnonzero((labels == true) & (predicted == answer))
             assert counts[true, answer] == len(expected)
-            if true == answer and len(expected) > 200 and true:
-                continue  # one full diagonal cell of the whole set will do
+            if true and ((true == answer and len(expected) > 200) or not len(expected)):
+                continue  # of the whole set one full diagonal cell will do, and the empty cells of the first row
             page.locator(f"[data-true='{true}'][data-predicted='{answer}']").click()
             assert sorted(indices(page)) == expected.tolist()
 
