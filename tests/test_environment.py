@@ -1,8 +1,8 @@
 """Whatever the terminal, the disk and the caller are like: no traceback, nothing lost, and no work for nothing."""
 
-import ast
 import contextlib
 import csv
+import ctypes
 import hashlib
 import importlib
 import io
@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script, start_training
 from PIL import Image
-from test_house import FILES, TREES, module_name
 from test_reliability import give_up_overriding_permissions
 from tqdm import tqdm
 
@@ -102,11 +101,16 @@ def test_no_text_steers_the_terminal_but_a_progress_bar():
     assert stream.getvalue().count("\x1b") == stream.getvalue().count("\x1b[A")
 
 
+def close_streams():
+    """Leave this process as Python begins where the caller has closed the three streams."""
+    os.closerange(0, 3)
+    sys.stdin = sys.stdout = sys.stderr = None
+
+
 def test_closed_streams_cost_nothing(tmp_path):
     """The files that a script opens must not get the numbers of the streams, which it prints to."""
-    arguments = f"--model mlp --epochs 1 --data-dir {SAMPLE} --checkpoint-dir {tmp_path}"
-    command = f"{sys.executable} {ROOT / 'train.py'} {arguments} <&- >&- 2>&-"
-    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    flags = ["--model", "mlp", "--epochs", 1, "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path]
+    assert run_script("train.py", *flags, before=close_streams).returncode == 0
     checkpoint.load(tmp_path / "best_mlp_fmnist.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_mlp_fmnist.json", "best_mlp_fmnist.pt"]
 
@@ -126,19 +130,27 @@ def test_a_full_disk_behind_stdout_is_a_one_line_error():
 # --- signals ---------------------------------------------------------------------------------------------
 
 
+def take_terminal(name):
+    """Let this process have a terminal of its own, as after a login: the first one that a new session opens."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(terminal, stream)
+
+
 def test_a_lost_terminal_costs_nothing(tmp_path):
     """The terminal of an SSH session goes: SIGHUP comes, and from then on nothing can be printed."""
-    command = [sys.executable, "train.py", "--model", "cnn", "--epochs", "99", "--data-dir", str(SAMPLE)]
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [*command, "--checkpoint-dir", str(tmp_path)])
+    ours, theirs = pty.openpty()
+    flags = ["--model", "mlp", "--epochs", 9999, "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path]
+    process = start_training(os.devnull, *flags, before=partial(take_terminal, os.ttyname(theirs)))
     said = b""
     while not re.search(rb"^ +1 ", said, re.MULTILINE):
-        said += os.read(terminal, 1000)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
-    saved = checkpoint.read(tmp_path / "unfinished_cnn_fmnist.pt")
+        said += os.read(ours, 1000)
+    os.close(theirs)
+    os.close(ours)
+    process.join(60)
+    assert process.exitcode == 129
+    saved = checkpoint.read(tmp_path / "unfinished_mlp_fmnist.pt")
     assert saved["training"]["epoch"] > 1
 
 
@@ -235,12 +247,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(sample, monkeypatch, cap
     assert "the teachers' answers are not cached: " in capsys.readouterr().err
 
 
+def mount_read_only():
+    """Let this process, and no other, see the clone on a read-only disk; exit with 77 where that is not allowed."""
+    separate = ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of its own
+    commands = f"mount --make-rprivate / && mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}"
+    if not separate or subprocess.run(commands, shell=True, capture_output=True).returncode:
+        sys.exit(77)
+    os.chdir(ROOT)
+    with pytest.raises(OSError, match="Read-only"):
+        Path("new").touch()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_clone_on_a_read_only_disk_answers(tmp_path):
-    """It is seen through a mount that only the new process has."""
-    mounting = f"mount --bind {ROOT} {tmp_path} && mount -o remount,ro,bind {tmp_path} && cd {tmp_path} || exit 77"
-    script = f"{mounting}; touch new 2>/dev/null || {sys.executable} evaluate.py {MLP} --data-dir tests/sample"
-    finished = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+def test_a_clone_on_a_read_only_disk_answers():
+    finished = run_script("evaluate.py", MLP, "--data-dir", SAMPLE, before=mount_read_only)
     if finished.returncode == 77:
         pytest.skip("mounting is not allowed here")
     assert finished.returncode == 0, finished.stderr
@@ -269,17 +289,3 @@ def test_commands_are_those_that_work_here(tmp_path, monkeypatch):
     assert cli.python() == f"'{cli.shown(scripts)}/python'"
     monkeypatch.chdir(tmp_path)
     assert cli.command("train.py") == f"'my venv/bin/python' {ROOT}/train.py"
-
-
-ALLOWED = {"cli": "pip install", "tables": "python train.py"}  # the latter in the tables of README.md and docs
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_messages_take_their_commands_from_cli(path):
-    statements = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Expr)]
-    documentation = {id(node.value) for node in statements}
-    texts = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    for text in texts:
-        written = re.search(r"\bpython3? \w+\.py|\bpip install", text.value)
-        allowed = id(text) in documentation or not written or written.group() == ALLOWED.get(path.stem)
-        assert allowed, f"{path.name}:{text.lineno}: use cli.command or cli.install"

@@ -142,3 +142,17 @@ def test_ruff_has_one_version():
     (pinned,) = re.findall(r"^ruff==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
     hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert set(hooks) == {pinned}
+
+
+COMMANDS = {"cli": "pip install", "tables": "python train.py"}  # the latter in the tables of README.md and docs
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_messages_take_their_commands_from_cli(path):
+    statements = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Expr)]
+    documentation = {id(node.value) for node in statements}
+    texts = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for text in texts:
+        written = re.search(r"\bpython3? \w+\.py|\bpip install", text.value)
+        allowed = id(text) in documentation or not written or written.group() == COMMANDS.get(path.stem)
+        assert allowed, f"{path.name}:{text.lineno}: use cli.command or cli.install"
