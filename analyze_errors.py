@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_stale(results.stale)
 
     summary = report.summary(path, digest, first, numbers, test)
+    audited = audit.contents(summary, first, evidence, train_features, train, test) if args.export else {}
     with ThreadPoolExecutor(1) as pool:  # the page's pictures are packed meanwhile: two seconds less
         drawing = pool.submit(report.figures, first, test, history_of(path), people)
         page = report.page(measured, evidence, numbers, train, test, embedding, votes)
@@ -101,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures["analysis.json"] = files.to_json(summary).encode()
     written = {args.figures_dir: figures}
     if args.export:
-        audited = audit.contents(summary, first, evidence, train_features, train, test)
         written[args.export] = written.get(args.export, {}) | audited
     write(written)
     print_summary(summary, page)

@@ -3,6 +3,7 @@
 import fcntl
 import inspect
 import io
+import itertools
 import os
 import random
 import resource
@@ -66,17 +67,17 @@ def seen(content):
 
 
 def test_images_of_the_data_set_pass_unchanged(images):
-    for image in images:
+    for image in images[:100]:
         assert np.array_equal(seen(saved(Image.fromarray(image))), image)
     assert np.array_equal(seen(saved(Image.fromarray(images[0]).convert("RGB"))), images[0])
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS, ids=lambda each: each.name)
-def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, sample, interpolation):
+def test_enlarged_inverted_padded_jpegs_are_classified_as_the_original(images, sample):
     chance = random.Random(0)
     model, _ = checkpoint.load(ROOT / "checkpoints" / "best_cnn_fmnist.pt")
-    jpegs = [saved(enlarged(i, chance, interpolation).convert("RGB"), "JPEG", quality=70) for i in images[::4]]
-    both = torch.from_numpy(images[::4]), torch.from_numpy(np.stack([seen(jpeg) for jpeg in jpegs]))
+    large = map(enlarged, images[::4], itertools.repeat(chance), itertools.cycle(INTERPOLATIONS))
+    converted = [seen(saved(each.convert("RGB"), "JPEG", quality=70)) for each in large]
+    both = torch.from_numpy(images[::4]), torch.from_numpy(np.stack(converted))
     splits = [sample["test"]._replace(images=each, labels=sample["test"].labels[::4]) for each in both]
     before, after = (engine.predict_logits(model, split).argmax(1) for split in splits)
     assert (before == after).double().mean() > 0.94
@@ -240,7 +241,7 @@ def test_from_the_smallest_to_the_largest():
 def damage(image, count):
     """Read damaged pictures; return how many were refused, lost and wrong, and the memory of the decoder in KiB."""
     chance, refused, lost, wrong = random.Random(0), 0, [], []
-    contents = [content for _, content in forms(enlarged(image, chance))]
+    contents = [content for _, content in forms(enlarged(image, chance).resize((150, 150)))]
     for number in range(count):
         content = bytearray(contents[number % len(contents)])
         kind = chance.randrange(4)
