@@ -149,7 +149,7 @@ def test_a_click_on_an_example_answers_it_and_leaves_the_page_working(page, samp
     again(page)
     offered = page.locator(".examples button")
     assert offered.count() == EXAMPLES
-    for number in (*range(EXAMPLES), 0):
+    for number in (0, EXAMPLES - 1, 0):
         offered.nth(number).click()
         page.get_by_label("Remove Image").wait_for(timeout=60_000)
         assert set(answers(page)) <= {*CLASSES, NOT_SURE, UNLIKE}
@@ -201,11 +201,10 @@ def test_a_drawing_is_answered_and_cleared(page):
     page.wait_for_timeout(1000)
     box = page.locator("canvas").first.bounding_box()
     x, y, w, h = (box[key] for key in ("x", "y", "width", "height"))
-    for column in (40, 50, 60):  # a pair of trousers, roughly
-        page.mouse.move(x + w * column / 100, y + h * 0.2)
-        page.mouse.down()
-        page.mouse.move(x + w * column / 100, y + h * 0.8, steps=3)
-        page.mouse.up()
+    page.mouse.move(x + w / 2, y + h * 0.2)
+    page.mouse.down()
+    page.mouse.move(x + w / 2, y + h * 0.8, steps=3)
+    page.mouse.up()
     assert len(answers(page)) == 1
     quiet(page)  # Gradio may send a stroke after the clearing that followed it
     page.get_by_label("Clear canvas").click()

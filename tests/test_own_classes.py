@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -17,6 +15,7 @@ import data
 from pictures import convert
 from runtime import cli
 
+CLOTHES = ROOT / "checkpoints" / "best_mlp_fmnist.pt"
 ANIMALS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jackdaw & co")
 
 
@@ -48,10 +47,9 @@ def pictures(sample, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mine(pictures, tmp_path_factory):
-    """The data folder made of them, by the command as a user types it."""
+    """The data folder made of them."""
     folder = tmp_path_factory.mktemp("data") / "my animals"
-    command = [sys.executable, "-m", "pictures.folder", pictures, folder]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = folder_script(pictures, folder)
     assert finished.returncode == 0, finished.stderr
     train, test, made, following = finished.stdout.splitlines()
     assert train == "train: 600 pictures: 600 taken as they are (28x28, grey, on black)"
@@ -149,19 +147,17 @@ def test_the_page_has_the_names(own, mine):
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "analyze_errors.py", "export.py", "demo.py"])
-def test_a_checkpoint_of_other_classes_is_a_one_line_error(script, own, mine, trained, tmp_path):
+def test_a_checkpoint_of_other_classes_is_a_one_line_error(script, own, mine, tmp_path):
     flags = {"export.py": ["--output", tmp_path / "a.onnx"], "analyze_errors.py": ["--figures-dir", tmp_path]}
-    clothes = trained[0] / "best_mlp_fmnist.pt"
-    for path, folder in ((clothes, mine), (own, SAMPLE)):
+    for path, folder in ((CLOTHES, mine), (own, SAMPLE)):
         finished = run_script(script, path, "--data-dir", folder, *flags.get(script, []))
         assert_one_line_error(finished, path.name, "class")
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_of_different_classes_are_not_compared(own, mine, trained):
-    clothes = trained[0] / "best_mlp_fmnist.pt"
+def test_checkpoints_of_different_classes_are_not_compared(own, mine):
     for script in ("evaluate.py", "demo.py"):
-        assert_one_line_error(run_script(script, own, clothes, "--data-dir", mine), "class")
+        assert_one_line_error(run_script(script, own, CLOTHES, "--data-dir", mine), "class")
 
 
 def test_arrays_become_a_data_set(sample, tmp_path, own):
