@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
@@ -47,9 +49,10 @@ def pictures(sample, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mine(pictures, tmp_path_factory):
-    """The data folder made of them."""
+    """The data folder made of them, by the command as a user types it."""
     folder = tmp_path_factory.mktemp("data") / "my animals"
-    finished = folder_script(pictures, folder)
+    command = [sys.executable, "-m", "pictures.folder", pictures, folder]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     train, test, made, following = finished.stdout.splitlines()
     assert train == "train: 600 pictures: 600 taken as they are (28x28, grey, on black)"
