@@ -259,19 +259,13 @@ def nasty_values(marker):
         *[[None] * 1000, {"a": {"b": 1}}, {1: 2}, torch.Size([1]), torch.device("cpu"), torch.float32],
         *[torch.zeros(3), torch.zeros(0), torch.zeros(2, 2).long(), torch.tensor(float("nan")), torch.tensor(0.5)],
         *[torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse(), torch.zeros(2, device="meta")],
-        *[torch.zeros(10, 784).double() / 0, torch.zeros(1).expand(10, 784), torch.zeros(10).half()],
+        *[torch.zeros(128, 784).double() / 0, torch.zeros(1).expand(128, 784), torch.zeros(128).half()],
         torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8),
         *[Call("os", "system", command), Call("builtins", "eval", f"__import__('os').system({command!r})")],
         *[Call("builtins", "exec", command), Call("subprocess", "check_output", ["touch", str(marker)])],
         *[Call("builtins", "open", str(marker), "w"), Call("torch", "load", str(marker)), Call("pathlib", "Path", "x")],
         *[Call("builtins", "bytearray", 2**31), Call("builtins", "range", 2**40), Call("builtins", "print", "x")],
     ]
-
-
-def shrink_models():
-    """Leave one model, whose files are small: so most faults are in what stands around the weights."""
-    models.MODELS.clear()
-    models.MODELS["mlp"] = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 
 
 def altered(content, value, chance):
@@ -509,7 +503,6 @@ def test_a_text_that_is_repeated_in_a_checkpoint_is_not_looked_at_again_and_agai
 
 def checkpoint_cases(folder, count, chance, wrong):
     """Checkpoints with bytes, fields and pickles altered, given to evaluate.py."""
-    shrink_models()
     path, marker = folder / "hostile.pt", folder / "ran"
     write_small(folder)
     torch.manual_seed(0)
@@ -591,7 +584,6 @@ def test_malformed_checkpoints(tmp_path, tally, tries):
 
 def state_cases(folder, count, chance, wrong):
     """The state of an unfinished run with a value or its bytes altered, given to train.py --resume."""
-    shrink_models()
     marker = folder / "ran"
     arguments = ["--model", "mlp", "--recipe", "fast", "--batch-size", "32", "--data-dir", str(SAMPLE), "--resume"]
     arguments += ["--checkpoint-dir", str(folder)]
