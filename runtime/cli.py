@@ -28,7 +28,6 @@ RUNS = ROOT / "runs"
 DEEP = RUNS / "deep"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "best_cnn_fmnist.pt"
 PICTURES_CHECKPOINT = CHECKPOINTS / "robust" / "best_cnn_fmnist.pt"  # of predict.py and demo.py
-OTHER_PROCESS = os.environ.get("LOCAL_RANK", "0") != "0"  # of torchrun: the first process speaks for all
 # What steers a terminal or reorders a line. A carriage return moves a progress bar, at the start or the end of a write.
 STEERING = re.compile(
     r"(?s)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]|(?<=.)\r(?=.)"
@@ -227,9 +226,14 @@ def share_cores(jobs: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, here // jobs)))
 
 
+def other_process() -> bool:
+    """Say whether torchrun started this process and it is not the first, which speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def print_error(text: str) -> None:
     """Print an error that ends all processes, once: torchrun ends the others when the first process is gone."""
-    if OTHER_PROCESS:
+    if other_process():
         time.sleep(10)
     else:
         with contextlib.suppress(OSError):  # stderr may be full, too
@@ -263,7 +267,7 @@ class StopSignals:
             again = "; Ctrl-C again stops at once"
         if number == HANGUP:
             _leave_lost_terminal()
-        if not OTHER_PROCESS:
+        if not other_process():
             with contextlib.suppress(OSError):  # not print(), which the signal may have interrupted
                 os.write(2, f"\nstopping after this step and saving{again}\n".encode())
 

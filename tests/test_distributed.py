@@ -1,18 +1,19 @@
 """Several processes under torchrun: one training, the same as in one process but for rounding; it survives a kill."""
 
-import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from conftest import SAMPLE, start_fork, start_training
+from torch import nn
+from torch.distributed.run import main
 
 import checkpoint
 import data
@@ -20,15 +21,16 @@ import engine
 import metrics
 import models
 import recipes
+import train
+from runtime import cli
 
 PROCESSES = 2
-FLAGS = ["--model", "cnn", "--epochs", 5, "--batch-size", 33]
+FLAGS = ["--model", "cnn", "--epochs", 3, "--batch-size", 33]
+BEST = ["--recipe", "best", "--precision", "float32"]
 
 
 def adapt_recipes():
     """No dropout, whose draws no two processes share; and images left out, whose losses each has a part of."""
-    import recipes
-
     published, best = recipes.RECIPES["published"], recipes.RECIPES["best"]
     published["cnn"] = published["cnn"]._replace(dropout=0.0)
     best["mlp"] = best["mlp"]._replace(prune=0.5)
@@ -36,29 +38,19 @@ def adapt_recipes():
 
 def write_from_the_first_alone():
     """Any other process dies of writing a file."""
-    import os
-
-    from runtime import files
-
     if os.environ["RANK"] != "0":
-        files.write_atomically = files.write_json = os.replace = lambda *_: os.abort()
-
-
-TRAIN = "\nfrom runtime import cli\nimport train\ncli.run(train.main)\n"
+        os.replace = lambda *_: os.abort()  # the end of every write
 
 
 def start(processes, folder, *flags, before=None, options=()):
-    """Start torchrun on train.py in its own process, which prints to a file beside the folder.
+    """Start such a training in its own process, which prints to a file beside the folder.
 
     before() is called in each worker first.
     """
-    script = ["train.py"]
-    if before:
-        code = inspect.getsource(before) + f"\n{before.__name__}()" + TRAIN
-        script = ["--no-python", sys.executable, "-c", code]
-    words = ["--nproc-per-node", processes, "--master-port", free_port(), *options, *script, *flags]
-    words += ["--data-dir", SAMPLE, "--checkpoint-dir", folder]
-    return start_fork(folder.with_suffix(".log"), torchrun, [str(word) for word in words])
+    options = [*options, "--nproc-per-node", processes, "--master-port", free_port()]
+    flags = [*flags, "--data-dir", SAMPLE, "--checkpoint-dir", folder]
+    words = [[str(word) for word in part] for part in (options, flags)]
+    return start_fork(folder.with_suffix(".log"), torchrun, *words, before)
 
 
 def free_port():
@@ -66,11 +58,23 @@ def free_port():
         return server.getsockname()[1]
 
 
-def torchrun(words):
-    """Be the program torchrun."""
-    from torch.distributed.run import main
+def torchrun(options, flags, before):
+    """Be torchrun with these options. Its workers are forks, which need not load PyTorch."""
+    from torch.distributed import launcher, run
 
-    main(words)
+    config, *_ = run.config_from_args(run.parse_args([*options, "--start-method", "fork", "train.py"]))
+    launcher.elastic_launch(config, be_worker)(flags, before)
+
+
+def be_worker(flags, before):
+    """Be train.py in a process that torchrun started."""
+    print(f"worker {os.environ['RANK']} is process {os.getpid()}", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # not as torchrun takes them
+    sys.argv = ["train.py", *flags]
+    if before:
+        before()
+    cli.run(train.main)
 
 
 def ended(process, seconds=100):
@@ -123,14 +127,13 @@ def test_augmentation_does_not_depend_on_who_does_it(sample):
 @pytest.mark.parametrize(
     ("flags", "tolerance", "machines"),
     [
-        (["--model", "cnn"], 1e-3, 1),
-        (["--model", "mlp", "--recipe", "best", "--precision", "float32"], 1e-2, 1),  # Muon amplifies rounding
-        (["--model", "mlp", "--batch-size", "919"], 1e-4, 2),  # of 920: the last batch has one image
+        (["--model", "cnn", "--epochs", 2], 1e-3, 1),
+        (["--model", "mlp", "--epochs", 3, *BEST], 1e-2, 1),  # Muon amplifies rounding; the second leaves images out
+        (["--model", "mlp", "--epochs", 2, "--batch-size", 919], 1e-4, 2),  # of 920: the last batch has one image
     ],
     ids=["cnn", "augmented and pruned", "an image left over, on two machines"],
 )
 def test_one_and_two_processes_agree_in_their_curves(tmp_path, flags, tolerance, machines):
-    flags += ["--epochs", 3]  # of which the second one leaves images out
     how = {"before": adapt_recipes}
     alone = start_training(tmp_path / "1.log", *flags, "--data-dir", SAMPLE, "--checkpoint-dir", tmp_path / "1", **how)
     two = run(2, tmp_path / "2", *flags, **how) if machines == 1 else run_on_two_machines(tmp_path, *flags, **how)
@@ -188,7 +191,7 @@ def test_killed_workers_are_started_again_and_the_run_is_the_same_to_the_bit(tmp
     for number, rank in enumerate(reversed(range(PROCESSES)), 1):
         before = state.stat().st_mtime_ns if state.exists() else 0
         wait_until(lambda before=before: state.exists() and state.stat().st_mtime_ns > before, agent, log)
-        os.kill(worker(agent.pid, rank), signal.SIGKILL)
+        os.kill(int(re.findall(rf"worker {rank} is process (\d+)", log.read_text())[-1]), signal.SIGKILL)
         # one restart must not serve two kills
         wait_until(lambda number=number: log.read_text().count("resumed") >= number, agent, log)
     assert ended(agent) == 0
@@ -196,46 +199,32 @@ def test_killed_workers_are_started_again_and_the_run_is_the_same_to_the_bit(tmp
     tally("one of two processes killed", PROCESSES, [], [] if same(tmp_path / "run", uninterrupted) else [state])
 
 
-def worker(parent, rank):
-    """The process id of the worker with that rank, a child of torchrun."""
-    children = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
-    for child in children:
-        with open(f"/proc/{child}/environ", "rb") as file:
-            if f"RANK={rank}".encode() in file.read().split(b"\0"):
-                return int(child)
-    raise AssertionError(f"no rank {rank} among {children}")
-
-
 def test_a_stop_of_all_is_one_clean_save(tmp_path, uninterrupted):
     agent, log = start(PROCESSES, tmp_path / "run", *FLAGS), tmp_path / "run.log"
     wait_until(lambda: log.exists() and "\n    1" in log.read_text(), agent, log)
     agent.terminate()
     ended(agent)
-    said = log.read_text()
-    torchrun = r"(torchrun|python -m torch\.distributed\.run)"
-    assert re.search(rf"interrupted .*, and saved; .*{torchrun} --nproc-per-node=2 train.py --model cnn --resume", said)
-    run(PROCESSES, tmp_path / "run", "--model", "cnn", "--resume")
+    torchrun = r"(?:torchrun|python -m torch\.distributed\.run) (--nproc-per-node=2 train\.py --model cnn --resume .*);"
+    (words,) = re.findall(rf"interrupted .*, and saved; to continue: .*{torchrun}", log.read_text())
+    assert ended(start_fork(log, main, shlex.split(words))) == 0, log.read_text()
     assert "resumed" in log.read_text()
     assert same(tmp_path / "run", uninterrupted)
 
 
+class Norm(nn.Module):
+    """A model with running statistics, a layer that it does not use, and a buffer of bool."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.BatchNorm1d(40), nn.Linear(40, 10))
+        self.unused = nn.Linear(40, 40)
+        self.register_buffer("kept", torch.ones(10, dtype=torch.bool))
+
+    def forward(self, images):
+        return self.layers(images) * self.kept
+
+
 def add_a_model():
-    """One with running statistics, a layer that it does not use, and a buffer of bool."""
-    import torch
-    from torch import nn
-
-    import models
-
-    class Norm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.BatchNorm1d(40), nn.Linear(40, 10))
-            self.unused = nn.Linear(40, 40)
-            self.register_buffer("kept", torch.ones(10, dtype=torch.bool))
-
-        def forward(self, images):
-            return self.layers(images) * self.kept
-
     models.MODELS["norm"] = Norm
 
 
