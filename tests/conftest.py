@@ -153,7 +153,8 @@ def _script(name, arguments, before):
     sys.argv = [name, *arguments]
     if before:
         before()
-    cli.run(importlib.import_module(name.removesuffix(".py")).main)
+    script = importlib.import_module(name.removesuffix(".py"))
+    importlib.import_module("runtime.cli").run(script.main)  # before() may have let others be imported
 
 
 def run_script(name, *arguments, before=None, **options):
