@@ -216,14 +216,18 @@ def first(split, n):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with what `train.py` wrote for both models on the sample, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    flags = ["--epochs", 3, "--batch-size", 32, "--data-dir", SAMPLE, "--checkpoint-dir", folder]
+    folder = once(tmp_path_factory, "trained", train_both)
+    return folder / "checkpoints", json.loads((folder / "said.json").read_text())
+
+
+def train_both(folder):
+    flags = ["--epochs", 3, "--batch-size", 32, "--data-dir", SAMPLE, "--checkpoint-dir", folder / "checkpoints"]
     said = {}
     for model in ("mlp", "cnn"):
         finished = run_script("train.py", "--model", model, *flags)
         assert finished.returncode == 0, finished.stderr
         said[model] = finished.stdout
-    return folder, said
+    (folder / "said.json").write_text(json.dumps(said))
 
 
 def once(factory, name, make):
