@@ -140,14 +140,14 @@ def harm(expected):
 
 
 def test_killed_at_random_moments(tmp_path, harm, expected, tally, tries):
-    """Each kind of run is killed twice in a row; if one comes to its end before that, another begins."""
+    """Each kind of run is killed three times in a row; if one comes to its end before that, another begins."""
     chance, resumed = random.Random(0), 0
     for kind in KINDS:
         expected(kind)
         kills, whole, runs = 0, expected.seconds[kind][0], 0
-        while kills < 2 * tries:
+        while kills < 3 * tries:
             folder, runs = tmp_path / f"{kind.model}-{kind.recipe}-{runs}", runs + 1
-            for _ in range(2):
+            for _ in range(3):
                 process = start(folder, kind, *ALWAYS, "--resume")
                 process.join(whole * chance.uniform(0.1, 0.9))
                 process.kill()
