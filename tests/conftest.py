@@ -154,7 +154,7 @@ def _script(name, arguments, before):
     if before:
         before()
     script = importlib.import_module(name.removesuffix(".py"))
-    importlib.import_module("runtime.cli").run(script.main)  # before() may have let others be imported
+    importlib.import_module("runtime.cli").run(script.main)  # anew: before() may have unloaded the modules
 
 
 def run_script(name, *arguments, before=None, **options):

@@ -71,7 +71,7 @@ def learn(options):
 
 
 def test_the_peers_on_jax_learn_and_the_loop_by_hand_computes_what_pytorch_does():
-    skip_without("keras")
+    skip_without("keras")  # requirements-bench.txt has both
     learnt, (ours, theirs) = in_a_fork(train_on_jax)
     for accuracy, peak in learnt:
         assert accuracy > 0.6
@@ -146,6 +146,8 @@ def test_our_loop_is_timed_with_the_operations_that_train_gives_it(recipe, kerne
 def test_a_worker_that_fails_says_why():
     with pytest.raises(RuntimeError, match="KeyError: 'nonsense'"):
         measure.Worker(program="nonsense", threads=1)
+    with pytest.raises(RuntimeError, match="Dataset not found"):
+        peers.loaders(str(SAMPLE))
 
 
 class Counting:

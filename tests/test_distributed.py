@@ -59,7 +59,7 @@ def free_port():
 
 
 def torchrun(options, flags, before):
-    """Be torchrun with these options. Its workers are forks, which need not load PyTorch."""
+    """Be torchrun with these options. Its workers are forks, in which PyTorch is loaded already."""
     from torch.distributed import launcher, run
 
     config, *_ = run.config_from_args(run.parse_args([*options, "--start-method", "fork", "train.py"]))
@@ -69,8 +69,9 @@ def torchrun(options, flags, before):
 def be_worker(flags, before):
     """Be train.py in a process that torchrun started."""
     print(f"worker {os.environ['RANK']} is process {os.getpid()}", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # not as torchrun takes them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in any new process of Python, not as in torchrun
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     sys.argv = ["train.py", *flags]
     if before:
         before()
@@ -186,7 +187,7 @@ def wait_until(true, agent, log):
 def test_killed_workers_are_started_again_and_the_run_is_the_same_to_the_bit(tmp_path, uninterrupted, tally):
     """Each worker in its turn, the first one last, as soon as a new state is saved."""
     options = ["--max-restarts", PROCESSES]
-    agent = start(PROCESSES, tmp_path / "run", *FLAGS, "--save-every", 0.2, options=options)
+    agent = start(PROCESSES, tmp_path / "run", *FLAGS, "--save-every", 0.001, options=options)
     state, log = tmp_path / "run" / "unfinished_cnn_fmnist.pt", tmp_path / "run.log"
     for number, rank in enumerate(reversed(range(PROCESSES)), 1):
         before = state.stat().st_mtime_ns if state.exists() else 0

@@ -10,6 +10,8 @@ import json
 import os
 import pty
 import re
+import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,8 +103,11 @@ def test_no_text_steers_the_terminal_but_a_progress_bar():
     assert stream.getvalue().count("\x1b") == stream.getvalue().count("\x1b[A")
 
 
+CLOSED = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]  # before a command
+
+
 def close_streams():
-    """Leave this process as Python begins where the caller has closed the three streams."""
+    """Leave this process like a new one of Python whose caller has closed the three streams."""
     os.closerange(0, 3)
     sys.stdin = sys.stdout = sys.stderr = None
 
@@ -113,6 +118,8 @@ def test_closed_streams_cost_nothing(tmp_path):
     assert run_script("train.py", *flags, before=close_streams).returncode == 0
     checkpoint.load(tmp_path / "best_mlp_fmnist.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_mlp_fmnist.json", "best_mlp_fmnist.pt"]
+    command = [sys.executable, "evaluate.py", MLP, "--data-dir", SAMPLE]
+    assert subprocess.run([*CLOSED, *command], cwd=ROOT, check=False).returncode == 0  # also while it loads PyTorch
 
 
 def fill_stdout():
@@ -145,6 +152,7 @@ def test_a_lost_terminal_costs_nothing(tmp_path):
     process = start_training(os.devnull, *flags, before=partial(take_terminal, os.ttyname(theirs)))
     said = b""
     while not re.search(rb"^ +1 ", said, re.MULTILINE):
+        assert select.select([ours], [], [], 60)[0], "it says nothing more"
         said += os.read(ours, 1000)
     os.close(theirs)
     os.close(ours)
@@ -250,7 +258,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(sample, monkeypatch, cap
 def mount_read_only():
     """Let this process, and no other, see the clone on a read-only disk; exit with 77 where that is not allowed."""
     separate = ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of its own
-    commands = f"mount --make-rprivate / && mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}"
+    root = shlex.quote(str(ROOT))
+    commands = f"mount --make-rprivate / && mount --bind {root} {root} && mount -o remount,ro,bind {root}"
     if not separate or subprocess.run(commands, shell=True, capture_output=True).returncode:
         sys.exit(77)
     os.chdir(ROOT)

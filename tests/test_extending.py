@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script
+from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script, start_fork
 from PIL import Image
 
 import data
@@ -53,7 +53,7 @@ def move_to(clone: Path) -> None:
         del sys.modules[name]
     sys.path.insert(0, str(clone))
     os.chdir(clone)
-    os.environ["FMNIST_DIR"] = str(SAMPLE)
+    os.environ |= {"FMNIST_DIR": str(SAMPLE), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def walk(clone: Path, title: str, run: Callable = run) -> str:
@@ -82,19 +82,18 @@ def test_a_model_is_a_class_and_a_line(clone):
     assert re.search(r"recipe published for tiny.*row for cnn", printed)
     assert re.search(r"best_tiny_fmnist\.pt: tiny\n(.*\n)+ 1 +\d+\.\d\d%", printed)
     assert history(clone, "tiny")["flags"]["recipe"] == "published"
+    tests, log = start_fork(clone / "tests.log", run_tests_of_every_model, clone), clone / "tests.log"
+    tests.join()
+    assert tests.exitcode == 0, log.read_text()
 
 
-def test_the_tests_that_look_at_every_model_pass_with_another(clone):
-    assert in_a_fork(run_those_tests, clone) == pytest.ExitCode.OK
-
-
-def run_those_tests(clone: Path) -> int:
-    """Run them with pytest in the clone, in this process."""
+def run_tests_of_every_model(clone: Path) -> None:
+    """Exit as pytest does after the clone's tests that look at every model."""
     move_to(clone)
     sys.modules.pop("conftest", None)
     plain = "tests/test_kernels.py::test_operations_in_another_order_give_the_bits_of_the_plain_model[tiny]"
     keys = "tests/test_composition.py::test_models_have_keys_of_16_digits_that_differ"
-    return pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", plain, keys])
+    sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", plain, keys]))
 
 
 def test_a_recipe_is_a_row(clone):

@@ -59,7 +59,7 @@ def backdrop(name, colour, shape, chance):
 
 def compose(image, name, colour, chance):
     """A picture, RGB, of a test image: a product on that background, or on black as in the data set."""
-    edge = 28 * chance.randrange(4, 7)
+    edge = 28 * chance.randrange(5, 8)
     left, top, right, bottom = (chance.randrange(6, edge // 2) for _ in range(4))
     image = image[:, ::-1] if "mirrored" in name else image
     cover, light = (
