@@ -116,9 +116,13 @@ def test_a_product_on_a_plain_background_is_answered_as_the_image_itself(answere
     assert agreement(answered, PLAIN, 0, 1) > 0.95
 
 
-def test_a_garment_is_found_on_every_kind_of_background(answered):
+def test_a_garment_is_found_in_front_of_anything(answered):
     assert agreement(answered, OTHERS, 0, 1) > 0.9
-    assert min(agreement(answered, [name], 0, 1) for name in OTHERS) > 0.8
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_garment_is_found_on_this_background(answered, name):
+    assert agreement(answered, [name], 0, 1) > 0.8
 
 
 def test_saving_a_picture_again_hardly_changes_an_answer(answered):
