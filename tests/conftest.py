@@ -180,6 +180,11 @@ def stop_at_the_first_look():
     stop_training(lambda training: True)
 
 
+def stop_in_the_second_epoch():
+    """The same, as soon as it looks in its second epoch."""
+    stop_training(lambda training: training.epoch == 2)
+
+
 def stop_training(when):
     """Let every engine.Training of this process stop at its next look once when(training) is true."""
     import engine

@@ -103,9 +103,6 @@ def test_no_text_steers_the_terminal_but_a_progress_bar():
     assert stream.getvalue().count("\x1b") == stream.getvalue().count("\x1b[A")
 
 
-CLOSED = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]  # before a command
-
-
 def close_streams():
     """Leave this process like a new one of Python whose caller has closed the three streams."""
     os.closerange(0, 3)
@@ -118,8 +115,8 @@ def test_closed_streams_cost_nothing(tmp_path):
     assert run_script("train.py", *flags, before=close_streams).returncode == 0
     checkpoint.load(tmp_path / "best_mlp_fmnist.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_mlp_fmnist.json", "best_mlp_fmnist.pt"]
-    command = [sys.executable, "evaluate.py", MLP, "--data-dir", SAMPLE]
-    assert subprocess.run([*CLOSED, *command], cwd=ROOT, check=False).returncode == 0  # also while it loads PyTorch
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "evaluate.py", MLP, "--data-dir", SAMPLE]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0  # also while it loads PyTorch
 
 
 def fill_stdout():

@@ -82,7 +82,8 @@ def test_a_model_is_a_class_and_a_line(clone):
     assert re.search(r"recipe published for tiny.*row for cnn", printed)
     assert re.search(r"best_tiny_fmnist\.pt: tiny\n(.*\n)+ 1 +\d+\.\d\d%", printed)
     assert history(clone, "tiny")["flags"]["recipe"] == "published"
-    tests, log = start_fork(clone / "tests.log", run_tests_of_every_model, clone), clone / "tests.log"
+    log = clone / "tests.log"
+    tests = start_fork(log, run_tests_of_every_model, clone)
     tests.join()
     assert tests.exitcode == 0, log.read_text()
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, assert_one_line_error, in_a_fork, run_script, stop_training
+from conftest import SAMPLE, assert_one_line_error, in_a_fork, run_script, stop_in_the_second_epoch
 
 import checkpoint
 import data
@@ -116,13 +116,9 @@ def test_other_answers_are_kept_aside(fold_run, tmp_path):
         assert len(found["index"]) == 80
 
 
-def in_the_second_epoch():
-    stop_training(lambda training: training.epoch == 2)
-
-
 def test_an_interrupted_fold_run_ends_with_the_same_files(fold_run, tmp_path):
     words = ["--fold", "2/5", "--select", "test"]
-    assert train(tmp_path, *words, before=in_the_second_epoch).returncode == 143
+    assert train(tmp_path, *words, before=stop_in_the_second_epoch).returncode == 143
     assert not list(tmp_path.glob("held_out*"))
     assert_one_line_error(train(tmp_path, "--resume", "--fold", "3/5"), "--fold was 2/5 when this run began, and 3/5")
     assert train(tmp_path, "--resume").returncode == 0

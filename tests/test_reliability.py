@@ -19,7 +19,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import first, in_a_fork, start_training, stop_at_the_first_look, stop_training, without_times
+from conftest import (
+    first,
+    in_a_fork,
+    start_training,
+    stop_at_the_first_look,
+    stop_in_the_second_epoch,
+    stop_training,
+    without_times,
+)
 
 import checkpoint
 import data
@@ -345,10 +353,6 @@ def stopped(tmp_path_factory):
     assert run(folder, SHORT, before=stop_in_the_second_epoch) == 143
     assert (folder / "unfinished_mlp_fmnist.pt").exists()
     return folder
-
-
-def stop_in_the_second_epoch():
-    stop_training(lambda training: training.epoch == 2)
 
 
 @pytest.fixture

@@ -20,7 +20,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, assert_one_line_error, in_a_fork, run_script, start_training, stop_training
+from conftest import (
+    ROOT,
+    SAMPLE,
+    assert_one_line_error,
+    in_a_fork,
+    run_script,
+    start_training,
+    stop_in_the_second_epoch,
+)
 
 import checkpoint
 import data
@@ -289,7 +297,7 @@ def test_ctrl_c_keeps_the_best_epoch_so_far(tmp_path):
 def test_a_run_that_leaves_images_out_resumes_to_the_same_bits(tmp_path):
     flags = ["--recipe", "best", "--epochs", 3, "--batch-size", 64]
     assert train(tmp_path / "whole", *flags, before=leave_out).returncode == 0
-    stopped = train(tmp_path / "cut", *flags, before=stop_in_the_second_epoch)
+    stopped = train(tmp_path / "cut", *flags, before=leave_out_and_stop)
     assert stopped.returncode == 143, stopped.stderr
     resumed = train(tmp_path / "cut", "--resume", before=leave_out)
     assert "resumed in epoch 2, after step 1 of" in resumed.stdout
@@ -301,9 +309,9 @@ def leave_out():
     recipes.RECIPES["best"]["mlp"] = recipes.find("best", "mlp")._replace(prune=0.5)
 
 
-def stop_in_the_second_epoch():
+def leave_out_and_stop():
     leave_out()
-    stop_training(lambda training: training.epoch == 2)
+    stop_in_the_second_epoch()
 
 
 def slow_steps(seconds):
